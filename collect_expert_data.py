@@ -218,11 +218,16 @@ def evaluate(act, env, num_episodes, gif=None):
     num_envs = env.num
     quota = -(-num_episodes // num_envs)
     running, returns, film = np.zeros(num_envs), [[] for _ in range(num_envs)], []
-    while min(map(len, returns)) < quota:
+    while True:
+        playing = np.flatnonzero([len(r) < quota for r in returns])
+        if not len(playing):
+            break
         obs = env.observe()[1]["rgb"]
         if gif and len(film) < 600:
             film.append(np.concatenate(obs[:4].repeat(3, axis=1).repeat(3, axis=2), axis=1))
-        env.act(act(obs))
+        action = np.zeros(num_envs, dtype=np.int32)
+        action[playing] = act(obs[playing])  # envs that have given their share idle along, at no cost to the network
+        env.act(action)
         reward, _, first = env.observe()
         running += reward
         for e in np.flatnonzero(first):
@@ -232,7 +237,7 @@ def evaluate(act, env, num_episodes, gif=None):
         import imageio  # comes with procgen
 
         imageio.mimsave(gif, film, duration=1000 / 15, loop=0)
-    return np.array([r[:quota] for r in returns]).T.reshape(-1)[:num_episodes]
+    return np.array([r[:quota] for r in returns]).T.reshape(-1)[:num_episodes]  # every env's first, every env's second, ...
 
 
 def save_checkpoint(path, meta, **states):

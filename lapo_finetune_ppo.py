@@ -1,0 +1,599 @@
+# /// script
+# requires-python = ">=3.10,<3.13"
+# dependencies = ["torch==2.13.0", "procgen-mirror==0.10.7", "gym==0.26.2", "numpy<2", "tyro", "tensorboard", "tqdm"]
+# ///
+"""LAPO, stage 5 of 5, online: fine-tune the cloned latent policy with PPO and an online decoder (paper sections 4.3 and 6.1-6.3).
+
+    RL+SL (default)   logits = (action head + decoder(latent policy)) / 2; the decoder learns from the agent's own transitions, labelled by the IDM
+    --no-sl           the action head alone, on the cloned features (paper: "RL, no SL"; after lapo_pretrain.py --no-vq its "no-VQ")
+    --from-scratch    PPO on a fresh network of the same size
+
+The convolutions of the cloned policy stay frozen, so their features are computed once, in the rollout, and PPO trains on those.
+
+Reads runs/ENV_ID__lapo_bc__SEED/checkpoint.pt, writes runs/ENV_ID__lapo_finetune_ppo[_no_sl|_from_scratch]__SEED/{results.json,checkpoint.pt}.
+    python lapo_finetune_ppo.py --env-id bossfight
+"""
+
+import json
+import os
+import random
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torch.optim as optim
+import tyro
+from procgen import ProcgenGym3Env
+from procgen.env import ENV_NAMES
+from torch.distributions.categorical import Categorical
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+FORMAT_VERSION = 1  # of checkpoints and datasets
+
+# Mean returns of a random policy and of the paper's expert, Procgen easy mode, all levels (paper, appendix)
+PAPER_SCORES = {
+    "bigfish": (0.8743, 36.3362), "bossfight": (0.0462, 11.6344), "caveflyer": (2.5971, 9.1836), "chaser": (0.6632, 9.9557),
+    "climber": (2.2243, 10.2336), "coinrun": (2.7048, 9.9325), "dodgeball": (0.6130, 13.4866), "fruitbot": (-2.5330, 29.9253),
+    "heist": (3.0759, 9.6853), "jumper": (3.4105, 8.4602), "leaper": (2.5105, 7.4083), "maze": (4.2726, 9.9693),
+    "miner": (1.2514, 11.8926), "ninja": (2.5600, 9.4746), "plunder": (4.3207, 11.4605), "starpilot": (1.5252, 66.9863),
+}  # fmt: skip
+
+
+@dataclass
+class Args:
+    exp_name: str | None = None
+    """the name of this experiment; default lapo_finetune_ppo, with _no_sl or _from_scratch; the run folder is RUNS_DIR/ENV_ID__EXP_NAME__SEED"""
+    seed: int = 1
+    """seed of the experiment"""
+    torch_deterministic: bool = True
+    """if toggled, `torch.backends.cudnn.deterministic=True`"""
+    cuda: bool = True
+    """if toggled, cuda is used when there is one"""
+    bf16: bool = True
+    """run the convolutions in bfloat16 (about 2x on CPUs that know it; parameters, linear layers and losses stay float32)"""
+    track: bool = False
+    """if toggled, this experiment is also tracked with Weights and Biases (`pip install wandb`)"""
+    wandb_project_name: str = "lapo"
+    """the wandb's project name"""
+    wandb_entity: str | None = None
+    """the entity (team) of wandb's project"""
+    capture_video: bool = False
+    """write a GIF of the final policy to the run folder"""
+    runs_dir: str = "runs"
+    """where run folders (TensorBoard logs, checkpoint.pt, results.json) are made"""
+    overwrite: bool = False
+    """replace a finished run of the same name"""
+
+    env_id: str = "bossfight"
+    """the Procgen game, one of the 16"""
+    num_levels: int | None = None
+    """number of Procgen levels to play on, 0: all of them; default: those of the dataset"""
+    start_level: int | None = None
+    """the first level, if num_levels > 0; default: that of the dataset"""
+    bc_checkpoint: str | None = None
+    """the checkpoint of lapo_bc.py; default RUNS_DIR/ENV_ID__lapo_bc__SEED/checkpoint.pt"""
+    sl: bool = True
+    """the online decoder; --no-sl is the paper's ablation"""
+    from_scratch: bool = False
+    """PPO on a fresh network, all of it trained; reads no checkpoint but for the levels and the width, and none if both are given"""
+
+    total_timesteps: int = 4_000_000
+    """frames of training"""
+    num_envs: int = 64
+    """parallel games"""
+    num_steps: int = 64
+    """steps in each game per rollout"""
+    num_minibatches: int = 8
+    """minibatches per epoch"""
+    update_epochs: int = 3
+    """epochs over each rollout"""
+    gamma: float = 0.999
+    """the discount factor"""
+    gae_lambda: float = 0.95
+    """the lambda of the generalised advantage estimation"""
+    norm_adv: bool = True
+    """normalise the advantages per minibatch"""
+    clip_coef: float = 0.2
+    """the surrogate clipping coefficient"""
+    clip_vloss: bool = True
+    """clip the value loss too"""
+    ent_coef: float = 0.0025
+    """coefficient of the entropy bonus"""
+    vf_coef: float = 0.5
+    """coefficient of the value loss"""
+    max_grad_norm: float = 0.5
+    """the maximum norm of the gradient"""
+
+    learning_rate: float = 1e-2
+    """Adam's base rate, of which each part gets a share that rises over its warm-up and then falls linearly to 0 at the end"""
+    action_head_warmup: tuple[int, int] = (35_000, 50_000)
+    """frames over which the action head's rate rises from 0 to a quarter of the base rate"""
+    value_head_warmup: tuple[int, int] = (25_000, 50_000)
+    """frames over which the value head's rate rises from 0 to a quarter of the base rate"""
+    linear_warmup: tuple[int, int] = (50_000, 200_000)
+    """frames over which the rate of the trained Linear(., 256) rises from 0 to a tenth of the base rate"""
+    scratch_learning_rate: float = 5e-4
+    """Adam's constant rate with --from-scratch (CleanRL's for Procgen)"""
+    policy_scale: float | None = None
+    """width of the IMPALA-CNN with --from-scratch; default: that of the cloned policy"""
+
+    decoder_hidden: tuple[int, ...] = (192, 128, 64)
+    """hidden widths of the decoder"""
+    decoder_frames: tuple[int, int] = (10_000, 400_000)
+    """frames between which the decoder is refit, from a fresh start, on all (latent, true action) pairs so far"""
+    decoder_every_update_until: int = 50_000
+    """frames up to which it is refit after every PPO update; then after every 20th"""
+    decoder_epochs: int = 3
+    """epochs of a refit"""
+    decoder_batch_size: int = 512
+    """batch size of a refit"""
+    decoder_learning_rate: float = 1e-3
+    """Adam's learning rate in a refit"""
+    label_smoothing: float = 0.05
+    """label smoothing of the decoder's cross-entropy"""
+    eval_episodes: int = 200
+    """episodes over which the final policy, and random play, are scored"""
+
+
+class ResidualBlock(nn.Module):
+    """ReLU, 3x3 convolution, ReLU, 3x3 convolution, plus the input. (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels, hidden):
+        super().__init__()
+        self.conv0 = nn.Conv2d(channels, hidden, kernel_size=3, padding=1)
+        self.conv1 = nn.Conv2d(hidden, channels, kernel_size=3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv1(torch.relu(self.conv0(torch.relu(x))))
+
+
+class ImpalaCNN(nn.Module):
+    """IMPALA-CNN (Espeholt et al. 2018, figure 3 right), (B, C, 64, 64) -> (B, 256), with 16, 32, 32 channels times `scale`."""
+
+    def __init__(self, in_channels, scale):
+        super().__init__()
+        layers = []
+        for channels in (int(16 * scale), int(32 * scale), int(32 * scale)):
+            layers += [
+                nn.Conv2d(in_channels, channels, kernel_size=3, padding=1),
+                nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
+                ResidualBlock(channels, channels),
+                ResidualBlock(channels, channels),
+            ]
+            in_channels = channels
+        self.conv = nn.Sequential(*layers, nn.Flatten(), nn.ReLU())  # (B, 32 * scale * 8 * 8)
+        self.fc = nn.Linear(int(32 * scale) * 8 * 8, 256)
+
+    def forward(self, x):
+        return torch.relu(self.fc(self.conv(x)))
+
+
+class IDM(nn.Module):
+    """Inverse dynamics model: frames o_{t-1}, o_t, o_{t+1} stacked on channels (B, 9, 64, 64) -> continuous latent (B, latent_dim)."""
+
+    def __init__(self, scale, latent_dim):
+        super().__init__()
+        self.network = ImpalaCNN(9, scale)
+        self.head = nn.Linear(256, latent_dim)
+
+    def forward(self, x):
+        return self.head(self.network(x)).float()
+
+
+class Decoder(nn.Module):
+    """MLP from latents (B, latent_dim), standardised by the training latents' mean and deviation, to action logits (B, 15)."""
+
+    def __init__(self, latent_dim, hidden, num_actions=15):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(latent_dim))
+        self.register_buffer("std", torch.ones(latent_dim))
+        widths = [latent_dim, *hidden]
+        layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
+        self.mlp = nn.Sequential(*layers, nn.Linear(widths[-1], num_actions))
+
+    def forward(self, z):
+        return self.mlp((z - self.mean) / self.std)
+
+
+class Agent(nn.Module):
+    """PPO's actor-critic; with latent_dim, also the frozen latent policy and the decoder (paper figure 3).
+
+                                  .- frozen_fc -> latent_head (frozen) -> decoder -.
+        obs -> network.conv (frozen) |                                              (+) / 2 -> action
+                                  '- network.fc (trained) -> actor ----------------'
+                                                        '--> critic -> value
+    """
+
+    def __init__(self, scale, latent_dim=None, decoder_hidden=(), num_actions=15):
+        super().__init__()
+        self.network = ImpalaCNN(3, scale)
+        self.actor = nn.Linear(256, num_actions)
+        self.critic = nn.Linear(256, 1)
+        if latent_dim:
+            nn.init.zeros_(self.actor.weight)
+            self.frozen_fc = nn.Linear(self.network.fc.in_features, 256)
+            self.latent_head = nn.Linear(256, latent_dim)
+            self.decoder = Decoder(latent_dim, decoder_hidden)
+        else:
+            nn.init.orthogonal_(self.actor.weight, 0.01)
+            nn.init.orthogonal_(self.critic.weight, 1.0)
+            nn.init.zeros_(self.critic.bias)
+        nn.init.zeros_(self.actor.bias)
+
+    def features(self, obs):
+        """(B, 64, 64, 3) uint8 -> (B, 32 * scale * 8 * 8). HWC memory seen as (B, 3, 64, 64) is channels-last already: no copy."""
+        return self.network.conv(obs.permute(0, 3, 1, 2).float() / 255 - 0.5).float()
+
+    def decoder_logits(self, features):
+        return self.decoder(self.latent_head(torch.relu(self.frozen_fc(features))))  # (B, 15)
+
+    def forward(self, features):
+        hidden = torch.relu(self.network.fc(features))  # (B, 256)
+        return self.actor(hidden), self.critic(hidden).squeeze(-1)  # (B, 15), (B,)
+
+
+class RewardNormalizer:
+    """Divides rewards by the running standard deviation of the discounted return, clipped to +-10 (gym's NormalizeReward)."""
+
+    def __init__(self, num_envs, gamma):
+        self.gamma, self.returns = gamma, np.zeros(num_envs)
+        self.mean, self.var, self.count = 0.0, 1.0, 1e-4
+
+    def __call__(self, reward, done):
+        self.returns = self.returns * self.gamma + reward
+        # Chan et al.'s parallel update of mean and variance
+        mean, var, n = self.returns.mean(), self.returns.var(), len(self.returns)
+        delta, total = mean - self.mean, self.count + n
+        self.var = (self.var * self.count + var * n + delta**2 * self.count * n / total) / total
+        self.mean, self.count = self.mean + delta * n / total, total
+        self.returns[done] = 0.0
+        return np.clip(reward / np.sqrt(self.var + 1e-8), -10, 10)
+
+
+def compute_gae(rewards, values, dones, next_value, next_done, gamma, gae_lambda):
+    """Generalised advantage estimation (Schulman et al. 2016). All (T, E); dones[t] says that obs[t] begins an episode."""
+    advantages = torch.zeros_like(rewards)
+    lastgaelam = 0
+    for t in reversed(range(len(rewards))):
+        nextnonterminal = 1.0 - (next_done if t == len(rewards) - 1 else dones[t + 1])
+        nextvalues = next_value if t == len(rewards) - 1 else values[t + 1]
+        delta = rewards[t] + gamma * nextvalues * nextnonterminal - values[t]
+        advantages[t] = lastgaelam = delta + gamma * gae_lambda * nextnonterminal * lastgaelam
+    return advantages
+
+
+def load_checkpoint(path, stage, env_id, made_by):
+    """Reads a checkpoint and refuses, in one sentence, what is not one of `stage` for `env_id`."""
+    if not Path(path).is_file():
+        sys.exit(f"error: no checkpoint at {path}: make it with `{made_by}`, or name another one")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        meta = checkpoint["meta"]
+    except Exception as e:
+        sys.exit(f"error: {path} cannot be read as a checkpoint ({type(e).__name__}): make it again with `{made_by}`")
+    for key, want in (("format_version", FORMAT_VERSION), ("stage", stage), ("env_id", env_id)):
+        if meta.get(key) != want:
+            sys.exit(f"error: {path} has {key} {meta.get(key)}, expected {want}: make one with `{made_by}`")
+    return checkpoint
+
+
+def save_checkpoint(path, meta, **states):
+    """Tensors and plain values only (loads with weights_only=True); written aside, then renamed, so never half there."""
+    torch.save({"meta": {"format_version": FORMAT_VERSION, **meta}, **states}, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def make_env(env_id, num_envs, num_levels, start_level, seed):
+    """Procgen, easy mode: act(actions), then observe() -> reward (E,), {"rgb": (E, 64, 64, 3) uint8}, first (E,)."""
+    return ProcgenGym3Env(
+        num=num_envs,
+        env_name=env_id,
+        distribution_mode="easy",
+        num_levels=num_levels,
+        start_level=start_level,
+        rand_seed=seed,
+        num_threads=min(4, os.cpu_count()),
+    )
+
+
+def evaluate(act, env, num_episodes, gif=None):
+    """Returns of num_episodes episodes, (num_episodes,). Each env gives equally many, so that long episodes count as much as short ones."""
+    num_envs = env.num
+    quota = -(-num_episodes // num_envs)
+    running, returns, film = np.zeros(num_envs), [[] for _ in range(num_envs)], []
+    while True:
+        playing = np.flatnonzero([len(r) < quota for r in returns])
+        if not len(playing):
+            break
+        obs = env.observe()[1]["rgb"]
+        if gif and len(film) < 600:
+            film.append(np.concatenate(obs[:4].repeat(3, axis=1).repeat(3, axis=2), axis=1))
+        action = np.zeros(num_envs, dtype=np.int32)
+        action[playing] = act(obs[playing])  # envs that have given their share idle along, at no cost to the network
+        env.act(action)
+        reward, _, first = env.observe()
+        running += reward
+        for e in np.flatnonzero(first):
+            returns[e].append(running[e])
+            running[e] = 0
+    if gif:
+        import imageio  # comes with procgen
+
+        imageio.mimsave(gif, film, duration=1000 / 15, loop=0)
+    return np.array([r[:quota] for r in returns]).T.reshape(-1)[:num_episodes]  # every env's first, every env's second, ...
+
+
+def lr_share(frames, warmup, peak, total):
+    """Share of the base rate after `frames` frames: 0 until warmup[0], linearly to `peak` at warmup[1], linearly to 0 at `total`."""
+    return float(np.interp(frames, [*warmup, total], [0.0, peak, 0.0]))
+
+
+def fit_decoder(decoder, z, actions, args):
+    """Re-initialises the decoder and fits it on latents z (n, latent_dim) and the true actions (n,). Returns the last epoch's accuracy."""
+    for layer in decoder.mlp:
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()
+    decoder.requires_grad_(True)
+    optimizer = optim.Adam(decoder.parameters(), lr=args.decoder_learning_rate)
+    for _ in range(args.decoder_epochs):
+        correct = 0
+        for batch in torch.randperm(len(z), device=z.device).split(args.decoder_batch_size):
+            logits = decoder(z[batch])
+            correct += (logits.argmax(-1) == actions[batch]).sum().item()
+            loss = F.cross_entropy(logits, actions[batch], label_smoothing=args.label_smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    decoder.requires_grad_(False)
+    return correct / len(z)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    if args.env_id not in ENV_NAMES:
+        sys.exit(f"error: --env-id {args.env_id} is not a Procgen game: choose one of {', '.join(ENV_NAMES)}")
+    batch_size = args.num_envs * args.num_steps
+    if batch_size % args.num_minibatches:
+        sys.exit(f"error: --num-minibatches {args.num_minibatches} does not divide num_envs x num_steps = {batch_size}: choose a divisor")
+    warmup_end = max(args.action_head_warmup[1], args.value_head_warmup[1], args.linear_warmup[1])
+    if not args.from_scratch and args.total_timesteps <= warmup_end:
+        sys.exit(f"error: --total-timesteps {args.total_timesteps} ends within the warm-ups, which last {warmup_end} frames: train longer or shorten them")
+    use_decoder = args.sl and not args.from_scratch
+    exp_name = args.exp_name or os.path.basename(__file__)[: -len(".py")] + ("_from_scratch" if args.from_scratch else "" if args.sl else "_no_sl")
+    run_dir = Path(args.runs_dir) / f"{args.env_id}__{exp_name}__{args.seed}"
+    if (run_dir / "results.json").exists() and not args.overwrite:
+        sys.exit(f"error: {run_dir} already holds a finished run: add --overwrite to replace it, or choose another --exp-name or --seed")
+    policy_scale, num_levels, start_level, demonstrator = args.policy_scale, args.num_levels, args.start_level, None
+    if not args.from_scratch or policy_scale is None or num_levels is None:
+        bc_path = args.bc_checkpoint or Path(args.runs_dir) / f"{args.env_id}__lapo_bc__{args.seed}" / "checkpoint.pt"
+        cloned = load_checkpoint(bc_path, "lapo_bc", args.env_id, f"python lapo_bc.py --env-id {args.env_id}")
+        if not args.from_scratch or policy_scale is None:
+            policy_scale = cloned["meta"]["args"]["policy_scale"]
+        num_levels = cloned["meta"]["num_levels"] if num_levels is None else num_levels
+        start_level = cloned["meta"]["start_level"] if start_level is None else start_level
+        demonstrator = cloned["meta"]["demonstrator"]
+    start_level = start_level or 0
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for old in [run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
+        old.unlink(missing_ok=True)
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=vars(args), name=run_dir.name, save_code=True
+        )
+    writer = SummaryWriter(run_dir)
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+    start_time = time.time()
+
+    meta = {"stage": "lapo_finetune_ppo", "env_id": args.env_id, "num_levels": num_levels, "start_level": start_level, "args": asdict(args)}
+    if args.from_scratch:
+        agent = Agent(policy_scale).to(device).to(memory_format=torch.channels_last)
+        optimizer = optim.Adam(agent.parameters(), lr=args.scratch_learning_rate, eps=1e-5)
+    else:
+        pretrain_args = cloned["meta"]["pretrain_args"]
+        latent_dim = pretrain_args["vq_num_codebooks"] * pretrain_args["vq_num_slots"] * pretrain_args["vq_dim"]
+        meta["pretrain_args"] = pretrain_args
+        agent = Agent(policy_scale, latent_dim, args.decoder_hidden).to(device).to(memory_format=torch.channels_last)
+        cloned_network = {k: v for k, v in cloned["policy"].items() if k.startswith(("network.", "critic."))}
+        agent.load_state_dict(cloned_network, strict=False)
+        agent.frozen_fc.load_state_dict(agent.network.fc.state_dict())
+        agent.latent_head.load_state_dict({k: cloned["policy"][f"head.{k}"] for k in ("weight", "bias")})
+        agent.decoder.mean.copy_(cloned["latent_mean"])
+        agent.decoder.std.copy_(cloned["latent_std"])
+        for frozen in (agent.network.conv, agent.frozen_fc, agent.latent_head, agent.decoder):
+            frozen.requires_grad_(False)
+        optimizer = optim.Adam(
+            [
+                {"params": agent.actor.parameters(), "warmup": args.action_head_warmup, "peak": 0.25},
+                {"params": agent.critic.parameters(), "warmup": args.value_head_warmup, "peak": 0.25},
+                {"params": agent.network.fc.parameters(), "warmup": args.linear_warmup, "peak": 0.1},
+            ],
+            lr=0.0, eps=1e-5,
+        )  # fmt: skip
+        idm = IDM(pretrain_args["idm_scale"], latent_dim).to(device).to(memory_format=torch.channels_last)
+        idm.load_state_dict(cloned["idm"])
+        idm.eval().requires_grad_(False)
+    trained = [p for p in agent.parameters() if p.requires_grad]
+    decoder_ready = False  # until its first fit the decoder's logits count as 0: play is uniformly random
+    pairs_z, pairs_a = [], []  # the decoder's data: latents (n, latent_dim) and true actions (n,), one entry a rollout
+
+    def split_logits(features):
+        """(what the decoder adds to the logits (B, 15), the action head's share)."""
+        return (agent.decoder_logits(features) / 2 if decoder_ready else 0.0), (0.5 if use_decoder else 1.0)
+
+    env = make_env(args.env_id, args.num_envs, num_levels, start_level, args.seed)
+    normalize_reward = RewardNormalizer(args.num_envs, args.gamma)
+    T, E = args.num_steps, args.num_envs
+    obs = torch.zeros((T, E, 64, 64, 3), dtype=torch.uint8, device=device)
+    features = None if args.from_scratch else torch.zeros((T, E, agent.network.fc.in_features), device=device)
+    actions = torch.zeros((T, E), dtype=torch.long, device=device)
+    offsets = torch.zeros((T, E, 15), device=device)  # the decoder's part of the logits, constant during a PPO update
+    logprobs, rewards, dones, values = (torch.zeros((T, E), device=device) for _ in range(4))
+    next_obs, next_done = torch.tensor(env.observe()[1]["rgb"], device=device), torch.ones(E, device=device)
+    last_obs = next_obs  # o_{t-1} of the rollout's first step
+    episode_return, recent_returns, curve, last_save = np.zeros(E), deque(maxlen=100), [], time.time()
+    num_iterations = max(1, args.total_timesteps // batch_size)
+    progress = tqdm(total=num_iterations * batch_size, unit="frame", unit_scale=True, desc=exp_name, mininterval=1)
+
+    for iteration in range(num_iterations):
+        frames_before = iteration * batch_size
+        for group in optimizer.param_groups if not args.from_scratch else []:
+            group["lr"] = args.learning_rate * lr_share(frames_before, group["warmup"], group["peak"], args.total_timesteps)
+
+        # rollout
+        for t in range(T):
+            obs[t], dones[t] = next_obs, next_done
+            with torch.inference_mode():
+                with autocast:
+                    x = agent.features(next_obs)
+                if features is not None:
+                    features[t] = x
+                logits, values[t] = agent(x)
+                offsets[t], share = split_logits(x)
+                action_dist = Categorical(logits=share * logits + offsets[t])
+                actions[t] = action_dist.sample()
+                logprobs[t] = action_dist.log_prob(actions[t])
+            env.act(actions[t].cpu().numpy().astype(np.int32))
+            reward, next_ob, first = env.observe()
+            next_obs = torch.tensor(next_ob["rgb"], device=device)
+            next_done = torch.tensor(first, dtype=torch.float32, device=device)
+            rewards[t] = torch.tensor(normalize_reward(reward, first), dtype=torch.float32, device=device)
+            episode_return += reward
+            recent_returns.extend(episode_return[first])
+            episode_return[first] = 0
+
+        with torch.inference_mode():
+            with autocast:
+                x = agent.features(next_obs)
+            next_value = agent(x)[1]
+        advantages = compute_gae(rewards, values, dones, next_value, next_done, args.gamma, args.gae_lambda)
+        returns = advantages + values
+
+        # update
+        b_inputs = (obs if args.from_scratch else features).flatten(0, 1)
+        b_actions, b_logprobs, b_offsets = actions.flatten(), logprobs.flatten(), offsets.flatten(0, 1)
+        b_advantages, b_returns, b_values = advantages.flatten(), returns.flatten(), values.flatten()
+        clipfracs = []
+        for _ in range(args.update_epochs):
+            for mb in torch.randperm(batch_size, device=device).chunk(args.num_minibatches):
+                x = b_inputs[mb]
+                if args.from_scratch:
+                    with autocast:
+                        x = agent.features(x)
+                logits, newvalue = agent(x)
+                action_dist = Categorical(logits=share * logits + b_offsets[mb])
+                logratio = action_dist.log_prob(b_actions[mb]) - b_logprobs[mb]
+                ratio = logratio.exp()
+                with torch.no_grad():
+                    approx_kl = ((ratio - 1) - logratio).mean()  # http://joschu.net/blog/kl-approx.html
+                    clipfracs.append(((ratio - 1.0).abs() > args.clip_coef).float().mean().item())
+                mb_advantages = b_advantages[mb]
+                if args.norm_adv:
+                    mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
+                pg_loss = torch.max(-mb_advantages * ratio, -mb_advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)).mean()
+                v_loss = (newvalue - b_returns[mb]) ** 2
+                if args.clip_vloss:
+                    v_clipped = b_values[mb] + (newvalue - b_values[mb]).clamp(-args.clip_coef, args.clip_coef)
+                    v_loss = torch.max(v_loss, (v_clipped - b_returns[mb]) ** 2)
+                v_loss, entropy_loss = 0.5 * v_loss.mean(), action_dist.entropy().mean()
+                loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+                optimizer.step()
+
+        # decoder: the IDM labels the rollout's transitions, windows within one episode only
+        global_step = (iteration + 1) * batch_size
+        if use_decoder and global_step <= args.decoder_frames[1]:
+            stream = torch.cat([last_obs[None], obs, next_obs[None]])  # (T + 2, E, 64, 64, 3); obs[t] is stream[t + 1]
+            valid = (dones + torch.cat([dones[1:], next_done[None]]) == 0).nonzero()  # (n, 2): o_t and o_{t+1} continue an episode
+            with torch.inference_mode(), autocast:
+                for t, e in (chunk.unbind(1) for chunk in valid.split(512)):
+                    window = torch.cat([stream[t, e], stream[t + 1, e], stream[t + 2, e]], dim=-1)  # (B, 64, 64, 9) uint8
+                    pairs_z.append(idm(window.permute(0, 3, 1, 2).float() / 255 - 0.5))
+                    pairs_a.append(actions[t, e])
+            early = global_step <= args.decoder_every_update_until
+            if global_step >= args.decoder_frames[0] and (early or (iteration + 1) % 20 == 0) and pairs_z:
+                accuracy = fit_decoder(agent.decoder, torch.cat(pairs_z).clone(), torch.cat(pairs_a), args)
+                decoder_ready = True
+                writer.add_scalar("decoder/accuracy", accuracy, global_step)
+        last_obs = obs[-1].clone()
+
+        # logs
+        progress.update(batch_size)
+        if recent_returns:
+            curve.append((global_step, float(np.mean(recent_returns))))
+            writer.add_scalar("charts/episodic_return", curve[-1][1], global_step)
+            progress.set_postfix_str(f"return {curve[-1][1]:.2f}")
+        writer.add_scalar("charts/SPS", progress.format_dict["rate"] or 0, global_step)
+        for name, group in zip(("action_head", "value_head", "linear"), optimizer.param_groups):
+            writer.add_scalar(f"charts/learning_rate_{name}", group["lr"], global_step)
+        writer.add_scalar("losses/policy_loss", pg_loss.item(), global_step)
+        writer.add_scalar("losses/value_loss", v_loss.item(), global_step)
+        writer.add_scalar("losses/entropy", entropy_loss.item(), global_step)
+        writer.add_scalar("losses/approx_kl", approx_kl.item(), global_step)
+        writer.add_scalar("losses/clipfrac", np.mean(clipfracs), global_step)
+        explained = 1 - (b_returns - b_values).var() / b_returns.var()
+        writer.add_scalar("losses/explained_variance", explained.item(), global_step)
+        if time.time() - last_save > 60 or iteration == num_iterations - 1:
+            save_checkpoint(run_dir / "checkpoint.pt", {**meta, "frames": global_step}, agent=agent.state_dict())
+            last_save = time.time()
+    progress.close()
+    env.close()
+
+    generator = torch.Generator(device).manual_seed(args.seed)
+
+    def play(logits_of, gif=None):
+        """Returns (eval_episodes,) of the policy that samples from softmax(logits_of(obs))."""
+
+        @torch.inference_mode()
+        def act(obs):
+            logits = logits_of(torch.as_tensor(obs, device=device))
+            return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1).cpu().numpy().astype(np.int32)
+
+        env = make_env(args.env_id, min(args.num_envs, args.eval_episodes), num_levels, start_level, args.seed + 1000)
+        returns = evaluate(act, env, args.eval_episodes, gif)
+        env.close()
+        return returns
+
+    def agent_logits(obs):
+        with autocast:
+            x = agent.features(obs)
+        offset, share = split_logits(x)
+        return share * agent(x)[0] + offset
+
+    print(f"scoring the final policy over {args.eval_episodes} episodes ...")
+    scores = play(agent_logits, run_dir / "agent.gif" if args.capture_video else None)
+    random_mean = play(lambda obs: torch.zeros(len(obs), 15, device=device)).mean()
+    mean, stderr = float(scores.mean()), float(scores.std(ddof=1) / len(scores) ** 0.5)
+    paper_random, paper_expert = PAPER_SCORES[args.env_id]
+    relative_return = (mean - paper_random) / (paper_expert - paper_random)
+    relative_to_demonstrator = float((mean - random_mean) / (demonstrator["return_mean"] - random_mean)) if demonstrator else None
+    wall = time.time() - start_time
+    results = {
+        "stage": "lapo_finetune_ppo", "method": exp_name, "env_id": args.env_id, "seed": args.seed, "num_levels": num_levels, "start_level": start_level,
+        "frames": num_iterations * batch_size, "return_mean": mean, "return_stderr": stderr, "episodes": args.eval_episodes, "random_mean": float(random_mean),
+        "relative_return": relative_return, "relative_to_demonstrator": relative_to_demonstrator, "curve": curve, "wall_seconds": round(wall, 1),
+        "device": str(device), "torch": torch.__version__, "command": "python " + " ".join(sys.argv), "args": asdict(args),
+    }  # fmt: skip
+    (run_dir / "results.json").write_text(json.dumps(results, indent=2))
+    writer.close()
+    shown = "" if relative_to_demonstrator is None else f", {relative_to_demonstrator:.2f} of the demonstrator's"
+    print(f"{exp_name} on {args.env_id}: return {mean:.2f} +- {stderr:.2f} over {args.eval_episodes} episodes (relative return {relative_return:.2f}{shown})")
+    print(f"wrote {run_dir}; next: tensorboard --logdir {args.runs_dir}")
