@@ -69,10 +69,10 @@ class Args:
 
     env_id: str = "bossfight"
     """the Procgen game, one of the 16"""
-    num_levels: int = 0
-    """number of Procgen levels to train and play on; 0: all of them"""
-    start_level: int = 0
-    """the first level, if num_levels > 0"""
+    num_levels: int | None = None
+    """number of Procgen levels to train and play on, 0: all of them; default: those of the expert checkpoint, else 0"""
+    start_level: int | None = None
+    """the first level, if num_levels > 0; default: that of the expert checkpoint, else 0"""
 
     expert_checkpoint: str | None = None
     """play this demonstrator instead of training one"""
@@ -268,13 +268,14 @@ def collect(act, env, split_dir, num_frames, progress):
     """
     num_envs, T = env.num, num_frames // env.num
     split_dir.mkdir(parents=True, exist_ok=True)
-    frames = np.lib.format.open_memmap(split_dir / "frames.npy", "w+", np.uint8, (num_envs * T, 64, 64, 3))
-    header, fd = frames.offset, os.open(split_dir / "frames.npy", os.O_RDWR)
-    del frames  # frames go out by pwrite: pages of a memory map would count as this process's memory
-    firsts = np.zeros((num_envs, T), dtype=bool)
-    actions = np.zeros((num_envs, T), dtype=np.int8)
-    rewards = np.zeros((num_envs, T), dtype=np.float32)
-    returns = np.full((num_envs, T), np.nan, dtype=np.float32)
+
+    def create(name, dtype, *shape):
+        return np.lib.format.open_memmap(split_dir / f"{name}.npy", "w+", dtype, (num_envs * T, *shape))
+
+    header, fd = create("frames", np.uint8, 64, 64, 3).offset, os.open(split_dir / "frames.npy", os.O_RDWR)
+    per_row = [create(*spec) for spec in (("first", bool), ("actions", np.int8), ("rewards", np.float32), ("returns", np.float32))]
+    firsts, actions, rewards, returns = (array.reshape(num_envs, T) for array in per_row)  # views, row e*T + t is [e, t]
+    returns[:] = np.nan
     start, episode_returns = np.zeros(num_envs, dtype=int), []
     for t in range(T):
         _, obs, first = env.observe()
@@ -282,7 +283,7 @@ def collect(act, env, split_dir, num_frames, progress):
         action = act(obs)
         firsts[:, t], actions[:, t] = first if t else True, action
         for e in range(num_envs):
-            os.pwrite(fd, obs[e], header + (e * T + t) * obs[e].nbytes)
+            os.pwrite(fd, obs[e], header + (e * T + t) * obs[e].nbytes)  # pages of a memory map would count as this process's memory
         env.act(action)
         rewards[:, t], _, first = env.observe()
         for e in np.flatnonzero(first):  # an episode ended with this reward
@@ -292,8 +293,8 @@ def collect(act, env, split_dir, num_frames, progress):
         progress.update(num_envs)
     os.fsync(fd)
     os.close(fd)
-    for name, array in (("first", firsts), ("actions", actions), ("rewards", rewards), ("returns", returns)):
-        np.save(split_dir / f"{name}.npy", array.reshape(-1))
+    for array in per_row:
+        array.flush()
     return np.array(episode_returns)
 
 
@@ -320,6 +321,10 @@ if __name__ == "__main__":
     if args.expert_checkpoint:
         command = f"python collect_expert_data.py --env-id {args.env_id}"
         expert = load_checkpoint(args.expert_checkpoint, "collect_expert_data", args.env_id, command)
+    num_levels, start_level = (
+        (expert["meta"][key] if expert else 0) if given is None else given
+        for key, given in (("num_levels", args.num_levels), ("start_level", args.start_level))
+    )
 
     run_dir.mkdir(parents=True, exist_ok=True)
     for old in [run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
@@ -343,13 +348,13 @@ if __name__ == "__main__":
 
     scale = expert["meta"]["args"]["scale"] if expert else args.scale
     agent = Agent(scale).to(device).to(memory_format=torch.channels_last)
-    meta = {"stage": "collect_expert_data", "env_id": args.env_id, "num_levels": args.num_levels, "start_level": args.start_level, "args": asdict(args)}
+    meta = {"stage": "collect_expert_data", "env_id": args.env_id, "num_levels": num_levels, "start_level": start_level, "args": asdict(args)}
     curve = []  # (frames, mean return of the last 100 episodes)
     if expert:
         agent.load_state_dict(expert["model"])
     else:
         optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
-        env = make_env(args.env_id, args.num_envs, args.num_levels, args.start_level, args.seed)
+        env = make_env(args.env_id, args.num_envs, num_levels, start_level, args.seed)
         normalize_reward = RewardNormalizer(args.num_envs, args.gamma)
         T, E = args.num_steps, args.num_envs
         obs = torch.zeros((T, E, 64, 64, 3), dtype=torch.uint8, device=device)  # a quarter of float storage
@@ -445,38 +450,41 @@ if __name__ == "__main__":
             logits, _ = agent(torch.as_tensor(obs, device=device))
         return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1).cpu().numpy().astype(np.int32)
 
-    env = make_env(args.env_id, min(args.num_envs, args.eval_episodes), args.num_levels, args.start_level, args.seed + 1)
+    env = make_env(args.env_id, min(args.num_envs, args.eval_episodes), num_levels, start_level, args.seed + 1)
     print(f"scoring the demonstrator over {args.eval_episodes} episodes ...")
     scores = evaluate(act, env, args.eval_episodes, run_dir / "demonstrator.gif" if args.capture_video else None)
     env.close()
     mean, stderr = mean_and_stderr(scores)
     writer.add_scalar("eval/return_mean", mean, 0)
     results = {
-        "stage": "collect_expert_data", "env_id": args.env_id, "seed": args.seed, "num_levels": args.num_levels, "start_level": args.start_level,
-        "return_mean": mean, "return_stderr": stderr, "episodes": args.eval_episodes, "device": str(device), "torch": torch.__version__,
-        "frames": 0 if expert else global_step, "command": "python " + " ".join(sys.argv), "args": asdict(args), "curve": curve[:: max(1, len(curve) // 200)],
+        "stage": "collect_expert_data", "env_id": args.env_id, "seed": args.seed, "num_levels": num_levels,
+        "start_level": start_level, "frames": 0 if expert else global_step, "return_mean": mean, "return_stderr": stderr,
+        "episodes": args.eval_episodes, "device": str(device), "torch": torch.__version__, "command": "python " + " ".join(sys.argv),
+        "args": asdict(args), "curve": curve[:: max(1, len(curve) // 200)],
     }  # fmt: skip
 
     if args.num_train_frames:
         # Held-out levels: the lower half of all seeds for training, the upper half for testing
-        levels = {"train": (2**30, 0), "test": (2**30 - 1, 2**30)} if args.num_levels == 0 else {s: (args.num_levels, args.start_level) for s in ("train", "test")}
+        restricted = (num_levels, start_level)
+        levels = {"train": restricted, "test": restricted} if num_levels else {"train": (2**30, 0), "test": (2**30 - 1, 2**30)}
         splits = {}
         (data_dir / "meta.json").unlink(missing_ok=True)  # no meta.json, no dataset: an interrupted one cannot pass for whole
         for i, (split, num_frames) in enumerate((("train", args.num_train_frames), ("test", args.num_test_frames))):
-            num_levels, start_level = levels[split]
+            split_levels, split_start = levels[split]
             num_frames -= num_frames % args.num_envs
-            env = make_env(args.env_id, args.num_envs, num_levels, start_level, args.seed + 2 + i)
+            env = make_env(args.env_id, args.num_envs, split_levels, split_start, args.seed + 2 + i)
             with tqdm(total=num_frames, unit="frame", unit_scale=True, desc=f"collect {split}") as progress:
                 episodes = collect(act, env, data_dir / split, num_frames, progress)
             env.close()
             split_mean, split_stderr = mean_and_stderr(episodes) if len(episodes) else (None, None)
             splits[split] = {
-                "num_frames": num_frames, "num_envs": args.num_envs, "episodes": len(episodes), "return_mean": split_mean, "return_stderr": split_stderr,
-                "num_levels": num_levels, "start_level": start_level, "seed": args.seed + 2 + i,
+                "num_frames": num_frames, "num_envs": args.num_envs, "episodes": len(episodes), "return_mean": split_mean,
+                "return_stderr": split_stderr, "num_levels": split_levels, "start_level": split_start, "seed": args.seed + 2 + i,
             }  # fmt: skip
         dataset_meta = {
-            "format_version": FORMAT_VERSION, "env_id": args.env_id, "distribution_mode": "easy", "num_levels": args.num_levels, "start_level": args.start_level,
-            "seed": args.seed, "splits": splits, "demonstrator": {"return_mean": mean, "return_stderr": stderr, "episodes": args.eval_episodes}, "args": asdict(args),
+            "format_version": FORMAT_VERSION, "env_id": args.env_id, "distribution_mode": "easy", "num_levels": num_levels,
+            "start_level": start_level, "seed": args.seed, "splits": splits, "args": asdict(args),
+            "demonstrator": {"return_mean": mean, "return_stderr": stderr, "episodes": args.eval_episodes},
         }  # fmt: skip
         (data_dir / "meta.json.tmp").write_text(json.dumps(dataset_meta, indent=2))
         os.replace(data_dir / "meta.json.tmp", data_dir / "meta.json")

@@ -224,7 +224,7 @@ if __name__ == "__main__":
     test_frames, test_t = load_frames(data_dir, "test", data_meta)
     for split, t in (("train", train_t), ("test", test_t)):
         if len(t) < args.batch_size:
-            sys.exit(f"error: --batch-size {args.batch_size} is more than the {len(t)} {split} windows of {data_dir}: lower it or collect more frames")
+            sys.exit(f"error: --batch-size {args.batch_size} exceeds the {len(t)} {split} windows of {data_dir}: lower it or collect more frames")
 
     run_dir.mkdir(parents=True, exist_ok=True)
     for old in [run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
@@ -315,9 +315,10 @@ if __name__ == "__main__":
 
     wall = time.time() - start_time
     results = {
-        "stage": "lapo_bc", "env_id": args.env_id, "seed": args.seed, "updates": args.num_updates, "test/latent_mse": test_mse, "test/mean_latent_mse": mean_mse,
-        "curve": curve, "samples_per_second": round(args.num_updates * args.batch_size / wall, 1), "wall_seconds": round(wall, 1), "device": str(device),
-        "torch": torch.__version__, "command": "python " + " ".join(sys.argv), "args": asdict(args),
+        "stage": "lapo_bc", "env_id": args.env_id, "seed": args.seed, "updates": args.num_updates, "test/latent_mse": test_mse,
+        "test/mean_latent_mse": mean_mse, "curve": curve, "samples_per_second": round(args.num_updates * args.batch_size / wall, 1),
+        "wall_seconds": round(wall, 1), "device": str(device), "torch": torch.__version__,
+        "command": "python " + " ".join(sys.argv), "args": asdict(args),
     }  # fmt: skip
     (run_dir / "results.json").write_text(json.dumps(results, indent=2))
     writer.close()

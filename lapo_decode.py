@@ -320,6 +320,10 @@ def fit(model, x, actions, updates, learning_rate, batch_size, args, autocast):
     return model.eval()
 
 
+def mean_and_stderr(x):
+    return float(np.mean(x)), float(np.std(x, ddof=1) / np.sqrt(len(x))) if len(x) > 1 else float("nan")
+
+
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if args.env_id not in ENV_NAMES:
@@ -334,8 +338,9 @@ if __name__ == "__main__":
     frames, valid_t = load_frames(data_dir, "train", data_meta)
     if args.table_labels not in args.num_labels:
         sys.exit(f"error: --table-labels {args.table_labels} is not among --num-labels {args.num_labels}: add it there")
-    if max(args.num_labels) > len(valid_t) or min(args.num_labels) < 1:
-        sys.exit(f"error: --num-labels {args.num_labels} must lie in 1..{len(valid_t)}, the labelled windows of {data_dir}: ask for fewer or collect more")
+    if not 1 <= min(args.num_labels) <= max(args.num_labels) <= len(valid_t):
+        found = f"{data_dir} has {len(valid_t)} labelled windows"
+        sys.exit(f"error: --num-labels {args.num_labels} asks for more labels than exist: {found}; ask for fewer or collect more")
     labels = load_array(data_dir, "train", "actions", (len(frames),), np.int8)
     num_levels = data_meta["num_levels"] if args.num_levels is None else args.num_levels
     start_level = data_meta["start_level"] if args.start_level is None else args.start_level
@@ -428,35 +433,35 @@ if __name__ == "__main__":
     demonstrator = data_meta["demonstrator"]
     paper_random, paper_expert = PAPER_SCORES[args.env_id]
 
-    def row(method, mean, stderr, episodes):
+    def row(method, mean, stderr, episodes, **more):
         return {
-            "method": method, "return_mean": mean, "return_stderr": stderr, "episodes": episodes,
+            "method": method, **more, "return_mean": mean, "return_stderr": stderr, "episodes": episodes,
             "relative_return": (mean - paper_random) / (paper_expert - paper_random),
             "relative_to_demonstrator": (mean - random_returns.mean()) / (demonstrator["return_mean"] - random_returns.mean()),
         }  # fmt: skip
 
     for (method, n), r in returns.items():
         draws = np.mean(r, axis=1)  # the draw of the labels is the larger noise: the standard error is over draws
-        curve.append({"n_labels": n, **row(method, float(draws.mean()), float(draws.std(ddof=1) / len(draws) ** 0.5), int(np.size(r))), "draws": draws.tolist()})
+        curve.append(row(method, *mean_and_stderr(draws), int(np.size(r)), n_labels=n, draws=draws.tolist()))
         for key in ("return_mean", "relative_return", "relative_to_demonstrator"):
             writer.add_scalar(f"{method}/{key}", curve[-1][key], n)
     table = [
-        row("random", float(random_returns.mean()), float(random_returns.std(ddof=1) / len(random_returns) ** 0.5), len(random_returns)),
-        *({k: v for k, v in c.items() if k not in ("n_labels", "draws")} for m in ("bc_from_scratch", "lapo_decoder") for c in curve if (c["method"], c["n_labels"]) == (m, args.table_labels)),
+        row("random", *mean_and_stderr(random_returns), len(random_returns)),
+        *sorted((c for c in curve if c["n_labels"] == args.table_labels), key=lambda c: c["method"]),  # bc_from_scratch, lapo_decoder
         row("demonstrator", demonstrator["return_mean"], demonstrator["return_stderr"], demonstrator["episodes"]),
     ]
     wall = time.time() - start_time
     results = {
-        "stage": "lapo_decode", "env_id": args.env_id, "seed": args.seed, "num_levels": num_levels, "start_level": start_level, "n_labels": args.table_labels,
-        "num_draws": args.num_draws, "rows": table, "curve": curve, "wall_seconds": round(wall, 1), "device": str(device), "torch": torch.__version__,
-        "command": "python " + " ".join(sys.argv), "args": asdict(args),
+        "stage": "lapo_decode", "env_id": args.env_id, "seed": args.seed, "num_levels": num_levels, "start_level": start_level,
+        "n_labels": args.table_labels, "num_draws": args.num_draws, "rows": table, "curve": curve, "wall_seconds": round(wall, 1),
+        "device": str(device), "torch": torch.__version__, "command": "python " + " ".join(sys.argv), "args": asdict(args),
     }  # fmt: skip
     (run_dir / "results.json").write_text(json.dumps(results, indent=2))
     writer.close()
-    for c in curve:
-        print(f"{c['n_labels']:6d} labels  {c['method']:16s} return {c['return_mean']:6.2f} +- {c['return_stderr']:.2f}  relative to demonstrator {c['relative_to_demonstrator']:5.2f}")
-    print(f"\n{args.env_id}, {args.table_labels} labels, mean over {args.num_draws} draws")
-    print(f"{'method':16s} {'return':>16s} {'episodes':>9s} {'relative return':>16s} {'relative to demonstrator':>25s}")
-    for r in table:
-        print(f"{r['method']:16s} {r['return_mean']:8.2f} +- {r['return_stderr']:4.2f} {r['episodes']:9d} {r['relative_return']:16.2f} {r['relative_to_demonstrator']:25.2f}")
+    for title, rows in ((f"every label count, mean over {args.num_draws} draws", curve), (f"{args.table_labels} labels", table)):
+        print(f"\n{args.env_id}, {title}")
+        print(f"{'method':16s} {'labels':>6s} {'return':>16s} {'episodes':>9s} {'relative return':>16s} {'relative to demonstrator':>25s}")
+        for r in rows:
+            score = f"{r['return_mean']:8.2f} +- {r['return_stderr']:4.2f} {r['episodes']:9d} {r['relative_return']:16.2f}"
+            print(f"{r['method']:16s} {r.get('n_labels', ''):6} {score} {r['relative_to_demonstrator']:25.2f}")
     print(f"wrote {run_dir}; next: python lapo_finetune_ppo.py --env-id {args.env_id}")

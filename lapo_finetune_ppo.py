@@ -205,10 +205,10 @@ class Decoder(nn.Module):
 class Agent(nn.Module):
     """PPO's actor-critic; with latent_dim, also the frozen latent policy and the decoder (paper figure 3).
 
-                                  .- frozen_fc -> latent_head (frozen) -> decoder -.
-        obs -> network.conv (frozen) |                                              (+) / 2 -> action
-                                  '- network.fc (trained) -> actor ----------------'
-                                                        '--> critic -> value
+                              .- frozen_fc -> latent_head (frozen) -> decoder -.
+    obs -> network.conv (frozen) |                                              (+) / 2 -> action
+                              '- network.fc (trained) -> actor ----------------'
+                                                    '--> critic -> value
     """
 
     def __init__(self, scale, latent_dim=None, decoder_hidden=(), num_actions=15):
@@ -355,6 +355,10 @@ def fit_decoder(decoder, z, actions, args):
     return correct / len(z)
 
 
+def mean_and_stderr(x):
+    return float(np.mean(x)), float(np.std(x, ddof=1) / np.sqrt(len(x))) if len(x) > 1 else float("nan")
+
+
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if args.env_id not in ENV_NAMES:
@@ -364,7 +368,7 @@ if __name__ == "__main__":
         sys.exit(f"error: --num-minibatches {args.num_minibatches} does not divide num_envs x num_steps = {batch_size}: choose a divisor")
     warmup_end = max(args.action_head_warmup[1], args.value_head_warmup[1], args.linear_warmup[1])
     if not args.from_scratch and args.total_timesteps <= warmup_end:
-        sys.exit(f"error: --total-timesteps {args.total_timesteps} ends within the warm-ups, which last {warmup_end} frames: train longer or shorten them")
+        sys.exit(f"error: --total-timesteps {args.total_timesteps} ends before the warm-ups do ({warmup_end}): train longer or shorten them")
     use_decoder = args.sl and not args.from_scratch
     exp_name = args.exp_name or os.path.basename(__file__)[: -len(".py")] + ("_from_scratch" if args.from_scratch else "" if args.sl else "_no_sl")
     run_dir = Path(args.runs_dir) / f"{args.env_id}__{exp_name}__{args.seed}"
@@ -581,19 +585,21 @@ if __name__ == "__main__":
     print(f"scoring the final policy over {args.eval_episodes} episodes ...")
     scores = play(agent_logits, run_dir / "agent.gif" if args.capture_video else None)
     random_mean = play(lambda obs: torch.zeros(len(obs), 15, device=device)).mean()
-    mean, stderr = float(scores.mean()), float(scores.std(ddof=1) / len(scores) ** 0.5)
+    mean, stderr = mean_and_stderr(scores)
     paper_random, paper_expert = PAPER_SCORES[args.env_id]
     relative_return = (mean - paper_random) / (paper_expert - paper_random)
     relative_to_demonstrator = float((mean - random_mean) / (demonstrator["return_mean"] - random_mean)) if demonstrator else None
     wall = time.time() - start_time
     results = {
-        "stage": "lapo_finetune_ppo", "method": exp_name, "env_id": args.env_id, "seed": args.seed, "num_levels": num_levels, "start_level": start_level,
-        "frames": num_iterations * batch_size, "return_mean": mean, "return_stderr": stderr, "episodes": args.eval_episodes, "random_mean": float(random_mean),
-        "relative_return": relative_return, "relative_to_demonstrator": relative_to_demonstrator, "curve": curve, "wall_seconds": round(wall, 1),
+        "stage": "lapo_finetune_ppo", "method": exp_name, "env_id": args.env_id, "seed": args.seed, "num_levels": num_levels,
+        "start_level": start_level, "frames": num_iterations * batch_size, "return_mean": mean, "return_stderr": stderr,
+        "episodes": args.eval_episodes, "random_mean": float(random_mean), "relative_return": relative_return,
+        "relative_to_demonstrator": relative_to_demonstrator, "curve": curve, "wall_seconds": round(wall, 1),
         "device": str(device), "torch": torch.__version__, "command": "python " + " ".join(sys.argv), "args": asdict(args),
     }  # fmt: skip
     (run_dir / "results.json").write_text(json.dumps(results, indent=2))
     writer.close()
     shown = "" if relative_to_demonstrator is None else f", {relative_to_demonstrator:.2f} of the demonstrator's"
-    print(f"{exp_name} on {args.env_id}: return {mean:.2f} +- {stderr:.2f} over {args.eval_episodes} episodes (relative return {relative_return:.2f}{shown})")
+    score = f"{mean:.2f} +- {stderr:.2f} over {args.eval_episodes} episodes"
+    print(f"{exp_name} on {args.env_id}: return {score} (relative return {relative_return:.2f}{shown})")
     print(f"wrote {run_dir}; next: tensorboard --logdir {args.runs_dir}")

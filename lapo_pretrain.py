@@ -309,7 +309,7 @@ if __name__ == "__main__":
     test_frames, test_t = load_frames(data_dir, "test", data_meta)
     for split, t in (("train", train_t), ("test", test_t)):
         if len(t) < args.batch_size:
-            sys.exit(f"error: --batch-size {args.batch_size} is more than the {len(t)} {split} windows of {data_dir}: lower it or collect more frames")
+            sys.exit(f"error: --batch-size {args.batch_size} exceeds the {len(t)} {split} windows of {data_dir}: lower it or collect more frames")
     labels = {}  # for the probe only
     for split in ("train", "test"):
         if (data_dir / split / "actions.npy").exists():

@@ -1,0 +1,29 @@
+# `make quickstart` and `make test` set everything up by themselves: inside an active environment (virtualenv or conda) they use it,
+# elsewhere they make .venv from requirements.txt. Both also work by hand: pip install -r requirements.txt, then the commands below.
+ENV_ID ?= coinrun
+BIN := $(if $(VIRTUAL_ENV)$(CONDA_PREFIX),,.venv/bin/)
+STAMP := $(if $(BIN),.venv/.installed,.installed)
+
+.PHONY: quickstart test lint format clean
+
+quickstart: $(STAMP)  ## the whole of LAPO, small, on two CPU cores (about 15 minutes)
+	PYTHON=$(BIN)python ./quickstart.sh $(ENV_ID)
+
+test: $(STAMP)
+	$(BIN)python -m pytest tests -q
+
+lint: $(STAMP)
+	$(BIN)python -m ruff check .
+	$(BIN)python -m ruff format --check .
+
+format: $(STAMP)
+	$(BIN)python -m ruff check --fix .
+	$(BIN)python -m ruff format .
+
+$(STAMP): requirements.txt
+	$(if $(BIN),test -x .venv/bin/python || python3 -m venv .venv)
+	$(BIN)python -m pip install -q -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv .installed runs/quickstart
