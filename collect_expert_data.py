@@ -240,6 +240,22 @@ def evaluate(act, env, num_episodes, gif=None):
     return np.array([r[:quota] for r in returns]).T.reshape(-1)[:num_episodes]  # every env's first, every env's second, ...
 
 
+def make_writer(run_dir, args):
+    """A fresh run folder with TensorBoard (and, with --track, Weights and Biases) logs and the hyperparameters."""
+    if args.track:
+        try:
+            import wandb
+        except ImportError:
+            sys.exit("error: --track needs wandb, which is not installed: `pip install wandb`, or leave --track out")
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=vars(args), name=run_dir.name)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for old in [run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
+        old.unlink(missing_ok=True)
+    writer = SummaryWriter(run_dir)
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    return writer
+
+
 def save_checkpoint(path, meta, **states):
     """Tensors and plain values only (loads with weights_only=True); written aside, then renamed, so never half there."""
     torch.save({"meta": {"format_version": FORMAT_VERSION, **meta}, **states}, f"{path}.tmp")
@@ -326,17 +342,7 @@ if __name__ == "__main__":
         for key, given in (("num_levels", args.num_levels), ("start_level", args.start_level))
     )
 
-    run_dir.mkdir(parents=True, exist_ok=True)
-    for old in [run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
-        old.unlink(missing_ok=True)
-    if args.track:
-        import wandb
-
-        wandb.init(
-            project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=vars(args), name=run_dir.name, save_code=True
-        )
-    writer = SummaryWriter(run_dir)
-    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    writer = make_writer(run_dir, args)
 
     random.seed(args.seed)
     np.random.seed(args.seed)

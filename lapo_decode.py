@@ -197,6 +197,22 @@ class ScratchPolicy(nn.Module):
         return self.actor(self.network(obs.permute(0, 3, 1, 2).float() / 255 - 0.5)).float()
 
 
+def make_writer(run_dir, args):
+    """A fresh run folder with TensorBoard (and, with --track, Weights and Biases) logs and the hyperparameters."""
+    if args.track:
+        try:
+            import wandb
+        except ImportError:
+            sys.exit("error: --track needs wandb, which is not installed: `pip install wandb`, or leave --track out")
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=vars(args), name=run_dir.name)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for old in [run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
+        old.unlink(missing_ok=True)
+    writer = SummaryWriter(run_dir)
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    return writer
+
+
 def load_checkpoint(path, stage, env_id, made_by):
     """Reads a checkpoint and refuses, in one sentence, what is not one of `stage` for `env_id`."""
     if not Path(path).is_file():
@@ -345,17 +361,7 @@ if __name__ == "__main__":
     num_levels = data_meta["num_levels"] if args.num_levels is None else args.num_levels
     start_level = data_meta["start_level"] if args.start_level is None else args.start_level
 
-    run_dir.mkdir(parents=True, exist_ok=True)
-    for old in [run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
-        old.unlink(missing_ok=True)
-    if args.track:
-        import wandb
-
-        wandb.init(
-            project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=vars(args), name=run_dir.name, save_code=True
-        )
-    writer = SummaryWriter(run_dir)
-    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    writer = make_writer(run_dir, args)
 
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -375,8 +381,9 @@ if __name__ == "__main__":
     policy.load_state_dict(cloned["policy"])
     policy.eval().requires_grad_(False)
 
-    def play(logits_of, num_episodes, seed, gif=None):
-        """Returns (num_episodes,) of the policy that samples from softmax(logits_of(obs))."""
+    def play(logits_of, num_episodes, draw, gif=None):
+        """Returns (num_episodes,) of the policy that samples from softmax(logits_of(obs)); methods meet the same levels at the same draw."""
+        seed = args.seed * 1000 + draw
         generator = torch.Generator(device).manual_seed(seed)
 
         @torch.inference_mode()
@@ -384,7 +391,7 @@ if __name__ == "__main__":
             logits = logits_of(torch.as_tensor(obs, device=device))
             return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1).cpu().numpy().astype(np.int32)
 
-        env = make_env(args.env_id, min(args.num_envs, num_episodes), num_levels, start_level, args.seed + 1000)
+        env = make_env(args.env_id, min(args.num_envs, num_episodes), num_levels, start_level, seed)
         returns = evaluate(act, env, num_episodes, gif)
         env.close()
         return returns
@@ -429,7 +436,7 @@ if __name__ == "__main__":
             progress.set_postfix_str(", ".join(f"{m} {n}: {np.mean(returns[m, n]):.2f}" for m in ("lapo_decoder", "bc_from_scratch")))
     progress.close()
 
-    random_returns = play(lambda obs: torch.zeros(len(obs), 15, device=device), max(100, args.eval_episodes), args.seed)
+    random_returns = play(lambda obs: torch.zeros(len(obs), 15, device=device), max(100, args.eval_episodes), args.num_draws)
     demonstrator = data_meta["demonstrator"]
     paper_random, paper_expert = PAPER_SCORES[args.env_id]
 

@@ -269,6 +269,22 @@ def compute_gae(rewards, values, dones, next_value, next_done, gamma, gae_lambda
     return advantages
 
 
+def make_writer(run_dir, args):
+    """A fresh run folder with TensorBoard (and, with --track, Weights and Biases) logs and the hyperparameters."""
+    if args.track:
+        try:
+            import wandb
+        except ImportError:
+            sys.exit("error: --track needs wandb, which is not installed: `pip install wandb`, or leave --track out")
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=vars(args), name=run_dir.name)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for old in [run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
+        old.unlink(missing_ok=True)
+    writer = SummaryWriter(run_dir)
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    return writer
+
+
 def load_checkpoint(path, stage, env_id, made_by):
     """Reads a checkpoint and refuses, in one sentence, what is not one of `stage` for `env_id`."""
     if not Path(path).is_file():
@@ -385,17 +401,7 @@ if __name__ == "__main__":
         demonstrator = cloned["meta"]["demonstrator"]
     start_level = start_level or 0
 
-    run_dir.mkdir(parents=True, exist_ok=True)
-    for old in [run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
-        old.unlink(missing_ok=True)
-    if args.track:
-        import wandb
-
-        wandb.init(
-            project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=vars(args), name=run_dir.name, save_code=True
-        )
-    writer = SummaryWriter(run_dir)
-    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    writer = make_writer(run_dir, args)
 
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -534,7 +540,7 @@ if __name__ == "__main__":
                     pairs_a.append(actions[t, e])
             early = global_step <= args.decoder_every_update_until
             if global_step >= args.decoder_frames[0] and (early or (iteration + 1) % 20 == 0) and pairs_z:
-                accuracy = fit_decoder(agent.decoder, torch.cat(pairs_z).clone(), torch.cat(pairs_a), args)
+                accuracy = fit_decoder(agent.decoder, torch.cat(pairs_z), torch.cat(pairs_a), args)
                 decoder_ready = True
                 writer.add_scalar("decoder/accuracy", accuracy, global_step)
         last_obs = obs[-1].clone()

@@ -234,6 +234,22 @@ class FDM(nn.Module):
         return frames[:, 3:] + x if self.predict_change else torch.tanh(x) / 2
 
 
+def make_writer(run_dir, args):
+    """A fresh run folder with TensorBoard (and, with --track, Weights and Biases) logs and the hyperparameters."""
+    if args.track:
+        try:
+            import wandb
+        except ImportError:
+            sys.exit("error: --track needs wandb, which is not installed: `pip install wandb`, or leave --track out")
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=vars(args), name=run_dir.name)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for old in [run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
+        old.unlink(missing_ok=True)
+    writer = SummaryWriter(run_dir)
+    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    return writer
+
+
 def save_checkpoint(path, meta, **states):
     """Tensors and plain values only (loads with weights_only=True); written aside, then renamed, so never half there."""
     torch.save({"meta": {"format_version": FORMAT_VERSION, **meta}, **states}, f"{path}.tmp")
@@ -315,17 +331,7 @@ if __name__ == "__main__":
         if (data_dir / split / "actions.npy").exists():
             labels[split] = load_array(data_dir, split, "actions", (data_meta["splits"][split]["num_frames"],), np.int8)
 
-    run_dir.mkdir(parents=True, exist_ok=True)
-    for old in [run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
-        old.unlink(missing_ok=True)
-    if args.track:
-        import wandb
-
-        wandb.init(
-            project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=vars(args), name=run_dir.name, save_code=True
-        )
-    writer = SummaryWriter(run_dir)
-    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    writer = make_writer(run_dir, args)
 
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -360,7 +366,7 @@ if __name__ == "__main__":
     eval_t = {s: np.sort(eval_rng.permutation(t)[: args.eval_windows]) for s, t in (("train", train_t), ("test", test_t))}
     # for the pictures: the test windows that change most, where there is something to predict
     change = np.array([np.abs(test_frames[t + 1].astype(np.int16) - test_frames[t]).mean() for t in eval_t["test"]])
-    picture_t = eval_t["test"][np.argsort(-change, kind="stable")[: max(8, len(change) // 4)][::-1]][:: max(1, len(change) // 32)][:8]
+    picture_t = eval_t["test"][np.argsort(-change, kind="stable")][:: max(1, len(change) // 48)][:12]  # spread over the upper quarter
 
     @torch.no_grad()
     def evaluate():
@@ -391,10 +397,11 @@ if __name__ == "__main__":
         windows = get_windows(test_frames, picture_t, device)
         prediction = forward(windows)[0]
         rows = [windows[:, 3:6], windows[:, 6:], prediction, (prediction - windows[:, 6:]).abs() * 2 - 0.5]  # o_t, o_{t+1}, o^_{t+1}, 2 |error|
-        strip = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)  # (3, 4 * 64, 8 * 64)
+        rows = [F.pad(row.clamp(-0.5, 0.5), (1, 1, 1, 1), value=0.5) for row in rows]  # a white frame around each
+        strip = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)  # (3, 4 * 66, 12 * 66)
         for module in (idm, vq, fdm):
             module.train()
-        return out, ((strip + 0.5).clamp(0, 1) * 255).byte().cpu(), z["test"]
+        return out, ((strip + 0.5) * 255).byte().cpu(), z["test"]
 
     meta = {
         "stage": "lapo_pretrain", "env_id": args.env_id, "num_levels": data_meta["num_levels"], "start_level": data_meta["start_level"],

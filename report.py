@@ -126,7 +126,7 @@ if __name__ == "__main__":
     strip = plt.imread(folders["lapo_pretrain"] / "predictions.png")
     ax.imshow(strip)
     ax.set(title="What the forward dynamics model makes of a frame and its latent action (test frames)", xticks=[])
-    ax.set_yticks(np.arange(4) * 64 + 32, ["$o_t$", "$o_{t+1}$, true", r"$\hat{o}_{t+1}$, predicted", "|error| x 2"])
+    ax.set_yticks(np.arange(4) * 66 + 33, ["$o_t$", "$o_{t+1}$, true", r"$\hat{o}_{t+1}$, predicted", "|error| x 2"])
     for spine in ax.spines.values():
         spine.set_visible(False)
     fig.savefig(runs / "report.png", dpi=80)

@@ -28,7 +28,7 @@ TOY = {
     "--num-test-frames 400 --eval-episodes 8",
     "lapo_pretrain": "--num-updates 6 --batch-size 16 --idm-scale 0.25 --fdm-width 4 --vq-dim 2 --eval-every 3 --eval-windows 64",
     "lapo_bc": "--num-updates 6 --batch-size 16 --policy-scale 0.25 --warmup-updates 2",
-    "lapo_decode": "--num-labels 16 32 --table-labels 32 --num-draws 2 --eval-episodes 4 --bc-updates 4 --decoder-updates 10",
+    "lapo_decode": "--num-labels 16 32 --table-labels 32 --num-draws 2 --eval-episodes 4 --bc-updates 4 --decoder-updates 100",
     "lapo_finetune_ppo": "--total-timesteps 2048 --num-envs 16 --num-steps 32 --action-head-warmup 512 600 --value-head-warmup 512 600 "
     "--linear-warmup 600 700 --decoder-frames 500 2000 --eval-episodes 4",
 }
@@ -101,15 +101,15 @@ def inline(monkeypatch, cwd, stage, *flags):
 def pipeline(tmp_path_factory):
     """All five stages at toy size, one after the other with the default paths, and the fine-tuning's two baselines. Read only."""
     cwd = tmp_path_factory.mktemp("pipeline")
-    stdout, results = {}, {}
-    runs = [(stage, stage, []) for stage in STAGES]
-    runs += [
-        ("lapo_finetune_ppo_no_sl", "lapo_finetune_ppo", ["--no-sl"]),
-        ("lapo_finetune_ppo_from_scratch", "lapo_finetune_ppo", ["--from-scratch"]),
-    ]
-    for name, stage, flags in runs:
-        done = start(stage, *TOY[stage], *flags, cwd=cwd)
+    stdout = {}
+    for stage in STAGES:
+        done = start(stage, *TOY[stage], cwd=cwd)
         assert done.returncode == 0, done.stderr
-        stdout[name], results[name] = done.stdout, json.loads((cwd / run_dir(name) / "results.json").read_text())
-    checkpoints = {name: cwd / run_dir(name) / "checkpoint.pt" for name, _, _ in runs}
+        stdout[stage] = done.stdout
+    baselines = {f"lapo_finetune_ppo_{flag.replace('-', '_')}": f"--{flag}" for flag in ("no-sl", "from-scratch")}
+    for flag in baselines.values():
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            inline(monkeypatch, cwd, "lapo_finetune_ppo", *TOY["lapo_finetune_ppo"], flag)
+    checkpoints = {name: cwd / run_dir(name) / "checkpoint.pt" for name in (*STAGES, *baselines)}
+    results = {name: json.loads((path.parent / "results.json").read_text()) for name, path in checkpoints.items()}
     return SimpleNamespace(cwd=cwd, data=cwd / "data" / ENV_ID, stdout=stdout, results=results, checkpoints=checkpoints)

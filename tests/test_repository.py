@@ -1,0 +1,101 @@
+"""The repository keeps its own rules: repeated definitions are identical, stages stand alone, and dependencies are declared once."""
+
+import ast
+import re
+import sys
+import tomllib
+from collections import defaultdict
+
+import pytest
+from conftest import ROOT, STAGES
+
+PACKAGES = {"procgen": "procgen-mirror", "PIL": "pillow"}  # import name -> distribution, where they differ
+OPTIONAL = {"wandb", "imageio"}  # asked for by a flag, and procgen's own dependency
+
+
+def metadata(path):
+    """The PEP 723 block of a script, parsed."""
+    (block,) = re.findall(r"(?m)^# /// script$\n((?:^#.*$\n)+?)^# ///$", path.read_text())
+    return tomllib.loads("".join(line[2:] if line.startswith("# ") else line[1:] for line in block.splitlines(keepends=True)))
+
+
+def name_and_specifier(requirement):
+    """("torch", "==2.13.0") of "torch==2.13.0  # comment"."""
+    name, specifier = re.fullmatch(r"([A-Za-z0-9_.-]+)\s*([^#]*?)\s*(?:#.*)?", requirement.strip()).groups()
+    return name.lower(), specifier
+
+
+def imports(path):
+    """Names of the modules that a script imports anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return names
+
+
+def definitions(path):
+    """{name: source} of a script's classes, functions and constants."""
+    source, found = path.read_text(), {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found[node.name] = ast.get_source_segment(source, node)
+        elif isinstance(node, ast.Assign):
+            found |= {target.id: ast.get_source_segment(source, node) for target in node.targets if isinstance(target, ast.Name)}
+    return found
+
+
+def test_repeated_definitions_are_identical():
+    """A class, function or constant that several scripts define is the same in all of them, character for character (but Args and Agent)."""
+    copies = defaultdict(dict)
+    for stage in STAGES:
+        for name, source in definitions(ROOT / f"{stage}.py").items():
+            copies[name][stage] = source
+    shared = {name: sources for name, sources in copies.items() if len(sources) > 1 and name not in ("Args", "Agent")}
+    assert {"ImpalaCNN", "ResidualBlock", "IDM", "LatentPolicy", "Decoder", "compute_gae", "get_windows", "FORMAT_VERSION"} <= shared.keys()
+    assert len(shared["ImpalaCNN"]) == 5 and len(shared["IDM"]) == 4
+    different = {name: list(sources) for name, sources in shared.items() if len(set(sources.values())) > 1}
+    assert not different
+
+
+def test_stages_stand_alone():
+    """No script imports another script, nor any other file of the repository."""
+    local = {path.stem for path in ROOT.glob("*.py")} | {"tests"}
+    for path in ROOT.glob("*.py"):
+        assert not {name.split(".")[0] for name in imports(path)} & local, path
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda p: p.stem)
+def test_inline_dependencies(path):
+    """A script's inline metadata names every third-party import, nothing else, and each with requirements.txt's specifier."""
+    block = metadata(path)
+    declared = dict(map(name_and_specifier, block["dependencies"]))
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    required = dict(name_and_specifier(line) for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    assert block["requires-python"] == ">=3.10,<3.13"
+    assert declared and {k: required.get(k) for k in declared} == declared
+    modules = imports(path)
+    third_party = {m.split(".")[0] for m in modules} - set(sys.stdlib_module_names) - OPTIONAL
+    needed = {PACKAGES.get(m, m).lower() for m in third_party}
+    needed |= {"tensorboard"} & {m.split(".")[-1] for m in modules}  # torch.utils.tensorboard
+    needed |= {"gym"} if "procgen" in third_party else set()  # which procgen imports
+    assert needed == set(declared)
+
+
+def test_fdm_is_never_given_the_next_frame():
+    """In lapo_pretrain.py the forward dynamics model is called in one place, on the first two frames of the windows."""
+    tree = ast.parse((ROOT / "lapo_pretrain.py").read_text())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "fdm"]
+    assert [ast.unparse(call.args[0]) for call in calls] == ["windows[:, :6]"]
+
+
+def test_every_flag_is_explained():
+    """Every field of every Args has a sentence under it, which tyro prints as the flag's help."""
+    for path in ROOT.glob("*.py"):
+        (args,) = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and n.name == "Args"]
+        for field, following in zip(args.body, [*args.body[1:], None]):
+            if isinstance(field, ast.AnnAssign):
+                explained = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+                assert explained and len(following.value.value) > 5, (path.name, field.target.id)
