@@ -76,6 +76,8 @@ class Args:
 
     expert_checkpoint: str | None = None
     """play this demonstrator instead of training one"""
+    init_checkpoint: str | None = None
+    """start training from this demonstrator's weights (with a fresh optimiser) instead of random ones"""
     total_timesteps: int = 50_000_000
     """frames of PPO training (paper: 50M)"""
     scale: float = 1.0
@@ -333,12 +335,15 @@ if __name__ == "__main__":
     for split, n in (("train", args.num_train_frames), ("test", args.num_test_frames)):
         if args.num_train_frames and n < 3 * args.num_envs:
             sys.exit(f"error: --num-{split}-frames {n} is less than 3 frames (one window) for each of {args.num_envs} envs: ask for more")
-    expert = None
-    if args.expert_checkpoint:
+    if args.expert_checkpoint and args.init_checkpoint:
+        sys.exit("error: --expert-checkpoint plays and --init-checkpoint trains on: give one of them")
+    loaded = None
+    if args.expert_checkpoint or args.init_checkpoint:
         command = f"python collect_expert_data.py --env-id {args.env_id}"
-        expert = load_checkpoint(args.expert_checkpoint, "collect_expert_data", args.env_id, command)
+        loaded = load_checkpoint(args.expert_checkpoint or args.init_checkpoint, "collect_expert_data", args.env_id, command)
+        args.scale = loaded["meta"]["args"]["scale"]
     num_levels, start_level = (
-        (expert["meta"][key] if expert else 0) if given is None else given
+        (loaded["meta"][key] if loaded else 0) if given is None else given
         for key, given in (("num_levels", args.num_levels), ("start_level", args.start_level))
     )
 
@@ -352,13 +357,12 @@ if __name__ == "__main__":
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     start_time = time.time()
 
-    scale = expert["meta"]["args"]["scale"] if expert else args.scale
-    agent = Agent(scale).to(device).to(memory_format=torch.channels_last)
+    agent = Agent(args.scale).to(device).to(memory_format=torch.channels_last)
+    if loaded:
+        agent.load_state_dict(loaded["model"])
     meta = {"stage": "collect_expert_data", "env_id": args.env_id, "num_levels": num_levels, "start_level": start_level, "args": asdict(args)}
     curve = []  # (frames, mean return of the last 100 episodes)
-    if expert:
-        agent.load_state_dict(expert["model"])
-    else:
+    if not args.expert_checkpoint:
         optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
         env = make_env(args.env_id, args.num_envs, num_levels, start_level, args.seed)
         normalize_reward = RewardNormalizer(args.num_envs, args.gamma)
@@ -464,7 +468,7 @@ if __name__ == "__main__":
     writer.add_scalar("eval/return_mean", mean, 0)
     results = {
         "stage": "collect_expert_data", "env_id": args.env_id, "seed": args.seed, "num_levels": num_levels,
-        "start_level": start_level, "frames": 0 if expert else global_step, "return_mean": mean, "return_stderr": stderr,
+        "start_level": start_level, "frames": 0 if args.expert_checkpoint else global_step, "return_mean": mean, "return_stderr": stderr,
         "episodes": args.eval_episodes, "device": str(device), "torch": torch.__version__, "command": "python " + " ".join(sys.argv),
         "args": asdict(args), "curve": curve[:: max(1, len(curve) // 200)],
     }  # fmt: skip

@@ -3,11 +3,15 @@
 import ast
 import re
 import sys
-import tomllib
 from collections import defaultdict
 
 import pytest
 from conftest import ROOT, STAGES
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10, where pytest brings its ancestor
+    import tomli as tomllib
 
 PACKAGES = {"procgen": "procgen-mirror", "PIL": "pillow"}  # import name -> distribution, where they differ
 OPTIONAL = {"wandb", "imageio"}  # asked for by a flag, and procgen's own dependency
