@@ -242,6 +242,13 @@ def evaluate(act, env, num_episodes, gif=None):
     return np.array([r[:quota] for r in returns]).T.reshape(-1)[:num_episodes]  # every env's first, every env's second, ...
 
 
+def require(args, **minimum):
+    """Refuses, in one sentence, a flag below its minimum."""
+    for name, least in minimum.items():
+        if getattr(args, name) < least:
+            sys.exit(f"error: --{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
+
+
 def make_writer(run_dir, args):
     """A fresh run folder with TensorBoard (and, with --track, Weights and Biases) logs and the hyperparameters."""
     if args.track:
@@ -250,7 +257,10 @@ def make_writer(run_dir, args):
         except ImportError:
             sys.exit("error: --track needs wandb, which is not installed: `pip install wandb`, or leave --track out")
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=vars(args), name=run_dir.name)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        sys.exit(f"error: the run folder {run_dir} cannot be made ({e.strerror}): choose another --runs-dir")
     for old in [run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
         old.unlink(missing_ok=True)
     writer = SummaryWriter(run_dir)
@@ -264,18 +274,20 @@ def save_checkpoint(path, meta, **states):
     os.replace(f"{path}.tmp", path)
 
 
-def load_checkpoint(path, stage, env_id, made_by):
+def load_checkpoint(path, stage, env_id, made_by, parts=()):
     """Reads a checkpoint and refuses, in one sentence, what is not one of `stage` for `env_id`."""
     if not Path(path).is_file():
         sys.exit(f"error: no checkpoint at {path}: make it with `{made_by}`, or name another one")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        meta = checkpoint["meta"]
+        meta = dict(checkpoint["meta"])
     except Exception as e:
         sys.exit(f"error: {path} cannot be read as a checkpoint ({type(e).__name__}): make it again with `{made_by}`")
     for key, want in (("format_version", FORMAT_VERSION), ("stage", stage), ("env_id", env_id)):
         if meta.get(key) != want:
             sys.exit(f"error: {path} has {key} {meta.get(key)}, expected {want}: make one with `{made_by}`")
+    if missing := [part for part in parts if part not in checkpoint] + ["args"] * ("args" not in meta):
+        sys.exit(f"error: {path} lacks {', '.join(missing)}: make it again with `{made_by}`")
     return checkpoint
 
 
@@ -317,13 +329,14 @@ def collect(act, env, split_dir, num_frames, progress):
 
 
 def mean_and_stderr(x):
-    return float(np.mean(x)), float(np.std(x, ddof=1) / np.sqrt(len(x))) if len(x) > 1 else float("nan")
+    return float(np.mean(x)), float(np.std(x, ddof=1) / np.sqrt(len(x)))
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if args.env_id not in ENV_NAMES:
         sys.exit(f"error: --env-id {args.env_id} is not a Procgen game: choose one of {', '.join(ENV_NAMES)}")
+    require(args, num_envs=1, num_steps=1, num_minibatches=1, update_epochs=1, num_train_frames=0, num_test_frames=0, eval_episodes=2)
     batch_size = args.num_envs * args.num_steps
     if batch_size % args.num_minibatches:
         sys.exit(f"error: --num-minibatches {args.num_minibatches} does not divide num_envs x num_steps = {batch_size}: choose a divisor")
@@ -340,7 +353,7 @@ if __name__ == "__main__":
     loaded = None
     if args.expert_checkpoint or args.init_checkpoint:
         command = f"python collect_expert_data.py --env-id {args.env_id}"
-        loaded = load_checkpoint(args.expert_checkpoint or args.init_checkpoint, "collect_expert_data", args.env_id, command)
+        loaded = load_checkpoint(args.expert_checkpoint or args.init_checkpoint, "collect_expert_data", args.env_id, command, ("model",))
         args.scale = loaded["meta"]["args"]["scale"]
     num_levels, start_level = (
         (loaded["meta"][key] if loaded else 0) if given is None else given
@@ -486,7 +499,7 @@ if __name__ == "__main__":
             with tqdm(total=num_frames, unit="frame", unit_scale=True, desc=f"collect {split}") as progress:
                 episodes = collect(act, env, data_dir / split, num_frames, progress)
             env.close()
-            split_mean, split_stderr = mean_and_stderr(episodes) if len(episodes) else (None, None)
+            split_mean, split_stderr = mean_and_stderr(episodes) if len(episodes) > 1 else (None, None)
             splits[split] = {
                 "num_frames": num_frames, "num_envs": args.num_envs, "episodes": len(episodes), "return_mean": split_mean,
                 "return_stderr": split_stderr, "num_levels": split_levels, "start_level": split_start, "seed": args.seed + 2 + i,

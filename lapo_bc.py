@@ -144,6 +144,13 @@ class LatentPolicy(nn.Module):
         return self.head(self.network(obs.permute(0, 3, 1, 2).float() / 255 - 0.5)).float()
 
 
+def require(args, **minimum):
+    """Refuses, in one sentence, a flag below its minimum."""
+    for name, least in minimum.items():
+        if getattr(args, name) < least:
+            sys.exit(f"error: --{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
+
+
 def make_writer(run_dir, args):
     """A fresh run folder with TensorBoard (and, with --track, Weights and Biases) logs and the hyperparameters."""
     if args.track:
@@ -152,7 +159,10 @@ def make_writer(run_dir, args):
         except ImportError:
             sys.exit("error: --track needs wandb, which is not installed: `pip install wandb`, or leave --track out")
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=vars(args), name=run_dir.name)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        sys.exit(f"error: the run folder {run_dir} cannot be made ({e.strerror}): choose another --runs-dir")
     for old in [run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
         old.unlink(missing_ok=True)
     writer = SummaryWriter(run_dir)
@@ -166,18 +176,20 @@ def save_checkpoint(path, meta, **states):
     os.replace(f"{path}.tmp", path)
 
 
-def load_checkpoint(path, stage, env_id, made_by):
+def load_checkpoint(path, stage, env_id, made_by, parts=()):
     """Reads a checkpoint and refuses, in one sentence, what is not one of `stage` for `env_id`."""
     if not Path(path).is_file():
         sys.exit(f"error: no checkpoint at {path}: make it with `{made_by}`, or name another one")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        meta = checkpoint["meta"]
+        meta = dict(checkpoint["meta"])
     except Exception as e:
         sys.exit(f"error: {path} cannot be read as a checkpoint ({type(e).__name__}): make it again with `{made_by}`")
     for key, want in (("format_version", FORMAT_VERSION), ("stage", stage), ("env_id", env_id)):
         if meta.get(key) != want:
             sys.exit(f"error: {path} has {key} {meta.get(key)}, expected {want}: make one with `{made_by}`")
+    if missing := [part for part in parts if part not in checkpoint] + ["args"] * ("args" not in meta):
+        sys.exit(f"error: {path} lacks {', '.join(missing)}: make it again with `{made_by}`")
     return checkpoint
 
 
@@ -186,14 +198,18 @@ def load_meta(data_dir, env_id):
     command = f"python collect_expert_data.py --env-id {env_id}"
     try:
         meta = json.loads((Path(data_dir) / "meta.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         sys.exit(f"error: no dataset at {data_dir} (meta.json is missing): make it with `{command}`, or name another with --data-dir")
     except ValueError:
         sys.exit(f"error: {data_dir}/meta.json is not JSON: collect the dataset again with `{command} --overwrite`")
+    if not isinstance(meta, dict):
+        sys.exit(f"error: {data_dir}/meta.json holds no dictionary: collect the dataset again with `{command} --overwrite`")
     for key, want in (("format_version", FORMAT_VERSION), ("env_id", env_id)):
-        if not isinstance(meta, dict) or meta.get(key) != want:
-            found = meta.get(key) if isinstance(meta, dict) else None
-            sys.exit(f"error: {data_dir} has {key} {found}, expected {want}: make one with `{command}`, or name another with --data-dir")
+        if meta.get(key) != want:
+            sys.exit(f"error: {data_dir} has {key} {meta.get(key)}, expected {want}: make one with `{command}`, or name another with --data-dir")
+    missing = [key for key in ("num_levels", "start_level", "splits") if key not in meta]
+    if missing:
+        sys.exit(f"error: {data_dir}/meta.json lacks {', '.join(missing)}: collect the dataset again with `{command} --overwrite`")
     return meta
 
 
@@ -201,9 +217,10 @@ def load_array(data_dir, split, name, shape, dtype):
     """data_dir/split/name.npy memory-mapped; refuses, in one sentence, a missing, truncated or wrong-shaped file."""
     path = Path(data_dir) / split / f"{name}.npy"
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.lib.format.open_memmap(path, mode="r")  # refuses pickles
     except (OSError, ValueError, EOFError) as e:
-        sys.exit(f"error: {path} is missing or damaged ({e}): collect the dataset again with collect_expert_data.py --overwrite")
+        why = str(e).splitlines()[0]
+        sys.exit(f"error: {path} is missing or damaged ({why}): collect the dataset again with collect_expert_data.py --overwrite")
     if array.shape != shape or array.dtype != dtype:
         found = f"{array.shape} {array.dtype}, expected {shape} {np.dtype(dtype)}"
         sys.exit(f"error: {path} holds {found}: collect the dataset again with collect_expert_data.py --overwrite")
@@ -229,20 +246,19 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if args.env_id not in ENV_NAMES:
         sys.exit(f"error: --env-id {args.env_id} is not a Procgen game: choose one of {', '.join(ENV_NAMES)}")
+    require(args, num_updates=1, batch_size=1, eval_every=1, eval_frames=1)
     data_dir = Path(args.data_dir or f"data/{args.env_id}")
     run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
     if (run_dir / "results.json").exists() and not args.overwrite:
         sys.exit(f"error: {run_dir} already holds a finished run: add --overwrite to replace it, or choose another --exp-name or --seed")
     pretrain_path = args.pretrain_checkpoint or Path(args.runs_dir) / f"{args.env_id}__lapo_pretrain__{args.seed}" / "checkpoint.pt"
-    pretrained = load_checkpoint(pretrain_path, "lapo_pretrain", args.env_id, f"python lapo_pretrain.py --env-id {args.env_id}")
+    pretrained = load_checkpoint(pretrain_path, "lapo_pretrain", args.env_id, f"python lapo_pretrain.py --env-id {args.env_id}", ("idm",))
     data_meta = load_meta(data_dir, args.env_id)
     train_frames, train_t = load_frames(data_dir, "train", data_meta)
     test_frames, test_t = load_frames(data_dir, "test", data_meta)
     for split, t in (("train", train_t), ("test", test_t)):
         if len(t) < args.batch_size:
             sys.exit(f"error: --batch-size {args.batch_size} exceeds the {len(t)} {split} windows of {data_dir}: lower it or collect more frames")
-
-    writer = make_writer(run_dir, args)
 
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -259,6 +275,7 @@ if __name__ == "__main__":
     idm.eval().requires_grad_(False)
     policy = LatentPolicy(args.policy_scale, latent_dim).to(device).to(memory_format=torch.channels_last)
     optimizer = optim.Adam(policy.parameters(), lr=args.learning_rate)
+    writer = make_writer(run_dir, args)
 
     def lr_factor(update):
         if update < args.warmup_updates:

@@ -197,6 +197,13 @@ class ScratchPolicy(nn.Module):
         return self.actor(self.network(obs.permute(0, 3, 1, 2).float() / 255 - 0.5)).float()
 
 
+def require(args, **minimum):
+    """Refuses, in one sentence, a flag below its minimum."""
+    for name, least in minimum.items():
+        if getattr(args, name) < least:
+            sys.exit(f"error: --{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
+
+
 def make_writer(run_dir, args):
     """A fresh run folder with TensorBoard (and, with --track, Weights and Biases) logs and the hyperparameters."""
     if args.track:
@@ -205,7 +212,10 @@ def make_writer(run_dir, args):
         except ImportError:
             sys.exit("error: --track needs wandb, which is not installed: `pip install wandb`, or leave --track out")
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=vars(args), name=run_dir.name)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        sys.exit(f"error: the run folder {run_dir} cannot be made ({e.strerror}): choose another --runs-dir")
     for old in [run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
         old.unlink(missing_ok=True)
     writer = SummaryWriter(run_dir)
@@ -213,18 +223,20 @@ def make_writer(run_dir, args):
     return writer
 
 
-def load_checkpoint(path, stage, env_id, made_by):
+def load_checkpoint(path, stage, env_id, made_by, parts=()):
     """Reads a checkpoint and refuses, in one sentence, what is not one of `stage` for `env_id`."""
     if not Path(path).is_file():
         sys.exit(f"error: no checkpoint at {path}: make it with `{made_by}`, or name another one")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        meta = checkpoint["meta"]
+        meta = dict(checkpoint["meta"])
     except Exception as e:
         sys.exit(f"error: {path} cannot be read as a checkpoint ({type(e).__name__}): make it again with `{made_by}`")
     for key, want in (("format_version", FORMAT_VERSION), ("stage", stage), ("env_id", env_id)):
         if meta.get(key) != want:
             sys.exit(f"error: {path} has {key} {meta.get(key)}, expected {want}: make one with `{made_by}`")
+    if missing := [part for part in parts if part not in checkpoint] + ["args"] * ("args" not in meta):
+        sys.exit(f"error: {path} lacks {', '.join(missing)}: make it again with `{made_by}`")
     return checkpoint
 
 
@@ -239,14 +251,18 @@ def load_meta(data_dir, env_id):
     command = f"python collect_expert_data.py --env-id {env_id}"
     try:
         meta = json.loads((Path(data_dir) / "meta.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         sys.exit(f"error: no dataset at {data_dir} (meta.json is missing): make it with `{command}`, or name another with --data-dir")
     except ValueError:
         sys.exit(f"error: {data_dir}/meta.json is not JSON: collect the dataset again with `{command} --overwrite`")
+    if not isinstance(meta, dict):
+        sys.exit(f"error: {data_dir}/meta.json holds no dictionary: collect the dataset again with `{command} --overwrite`")
     for key, want in (("format_version", FORMAT_VERSION), ("env_id", env_id)):
-        if not isinstance(meta, dict) or meta.get(key) != want:
-            found = meta.get(key) if isinstance(meta, dict) else None
-            sys.exit(f"error: {data_dir} has {key} {found}, expected {want}: make one with `{command}`, or name another with --data-dir")
+        if meta.get(key) != want:
+            sys.exit(f"error: {data_dir} has {key} {meta.get(key)}, expected {want}: make one with `{command}`, or name another with --data-dir")
+    missing = [key for key in ("num_levels", "start_level", "splits") if key not in meta]
+    if missing:
+        sys.exit(f"error: {data_dir}/meta.json lacks {', '.join(missing)}: collect the dataset again with `{command} --overwrite`")
     return meta
 
 
@@ -254,9 +270,10 @@ def load_array(data_dir, split, name, shape, dtype):
     """data_dir/split/name.npy memory-mapped; refuses, in one sentence, a missing, truncated or wrong-shaped file."""
     path = Path(data_dir) / split / f"{name}.npy"
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.lib.format.open_memmap(path, mode="r")  # refuses pickles
     except (OSError, ValueError, EOFError) as e:
-        sys.exit(f"error: {path} is missing or damaged ({e}): collect the dataset again with collect_expert_data.py --overwrite")
+        why = str(e).splitlines()[0]
+        sys.exit(f"error: {path} is missing or damaged ({why}): collect the dataset again with collect_expert_data.py --overwrite")
     if array.shape != shape or array.dtype != dtype:
         found = f"{array.shape} {array.dtype}, expected {shape} {np.dtype(dtype)}"
         sys.exit(f"error: {path} holds {found}: collect the dataset again with collect_expert_data.py --overwrite")
@@ -337,21 +354,27 @@ def fit(model, x, actions, updates, learning_rate, batch_size, args, autocast):
 
 
 def mean_and_stderr(x):
-    return float(np.mean(x)), float(np.std(x, ddof=1) / np.sqrt(len(x))) if len(x) > 1 else float("nan")
+    return float(np.mean(x)), float(np.std(x, ddof=1) / np.sqrt(len(x)))
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if args.env_id not in ENV_NAMES:
         sys.exit(f"error: --env-id {args.env_id} is not a Procgen game: choose one of {', '.join(ENV_NAMES)}")
+    require(args, num_draws=2, eval_episodes=1, num_envs=1, decoder_updates=1, bc_updates=1, bc_batch_size=1)
     data_dir = Path(args.data_dir or f"data/{args.env_id}")
     run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
     if (run_dir / "results.json").exists() and not args.overwrite:
         sys.exit(f"error: {run_dir} already holds a finished run: add --overwrite to replace it, or choose another --exp-name or --seed")
     bc_path = args.bc_checkpoint or Path(args.runs_dir) / f"{args.env_id}__lapo_bc__{args.seed}" / "checkpoint.pt"
-    cloned = load_checkpoint(bc_path, "lapo_bc", args.env_id, f"python lapo_bc.py --env-id {args.env_id}")
+    parts = ("policy", "idm", "latent_mean", "latent_std")
+    cloned = load_checkpoint(bc_path, "lapo_bc", args.env_id, f"python lapo_bc.py --env-id {args.env_id}", parts)
     data_meta = load_meta(data_dir, args.env_id)
+    if "demonstrator" not in data_meta:
+        sys.exit(f"error: {data_dir}/meta.json lacks demonstrator, the score to compare with: add its return_mean, return_stderr and episodes")
     frames, valid_t = load_frames(data_dir, "train", data_meta)
+    if len(set(args.num_labels)) < len(args.num_labels):
+        sys.exit(f"error: --num-labels {args.num_labels} names a count twice: name each once")
     if args.table_labels not in args.num_labels:
         sys.exit(f"error: --table-labels {args.table_labels} is not among --num-labels {args.num_labels}: add it there")
     if not 1 <= min(args.num_labels) <= max(args.num_labels) <= len(valid_t):
@@ -360,8 +383,6 @@ if __name__ == "__main__":
     labels = load_array(data_dir, "train", "actions", (len(frames),), np.int8)
     num_levels = data_meta["num_levels"] if args.num_levels is None else args.num_levels
     start_level = data_meta["start_level"] if args.start_level is None else args.start_level
-
-    writer = make_writer(run_dir, args)
 
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -380,6 +401,7 @@ if __name__ == "__main__":
     policy = LatentPolicy(policy_scale, latent_dim).to(device).to(memory_format=torch.channels_last)
     policy.load_state_dict(cloned["policy"])
     policy.eval().requires_grad_(False)
+    writer = make_writer(run_dir, args)
 
     def play(logits_of, num_episodes, draw, gif=None):
         """Returns (num_episodes,) of the policy that samples from softmax(logits_of(obs)); methods meet the same levels at the same draw."""

@@ -205,10 +205,9 @@ class Decoder(nn.Module):
 class Agent(nn.Module):
     """PPO's actor-critic; with latent_dim, also the frozen latent policy and the decoder (paper figure 3).
 
-                              .- frozen_fc -> latent_head (frozen) -> decoder -.
-    obs -> network.conv (frozen) |                                              (+) / 2 -> action
-                              '- network.fc (trained) -> actor ----------------'
-                                                    '--> critic -> value
+    obs -> network.conv (frozen) -+- frozen_fc -> latent_head (frozen) -> decoder -+- mean -> action logits
+                                  '- network.fc (trained) -+- actor ---------------'
+                                                           '- critic -> value
     """
 
     def __init__(self, scale, latent_dim=None, decoder_hidden=(), num_actions=15):
@@ -269,6 +268,13 @@ def compute_gae(rewards, values, dones, next_value, next_done, gamma, gae_lambda
     return advantages
 
 
+def require(args, **minimum):
+    """Refuses, in one sentence, a flag below its minimum."""
+    for name, least in minimum.items():
+        if getattr(args, name) < least:
+            sys.exit(f"error: --{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
+
+
 def make_writer(run_dir, args):
     """A fresh run folder with TensorBoard (and, with --track, Weights and Biases) logs and the hyperparameters."""
     if args.track:
@@ -277,7 +283,10 @@ def make_writer(run_dir, args):
         except ImportError:
             sys.exit("error: --track needs wandb, which is not installed: `pip install wandb`, or leave --track out")
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=vars(args), name=run_dir.name)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        sys.exit(f"error: the run folder {run_dir} cannot be made ({e.strerror}): choose another --runs-dir")
     for old in [run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
         old.unlink(missing_ok=True)
     writer = SummaryWriter(run_dir)
@@ -285,18 +294,20 @@ def make_writer(run_dir, args):
     return writer
 
 
-def load_checkpoint(path, stage, env_id, made_by):
+def load_checkpoint(path, stage, env_id, made_by, parts=()):
     """Reads a checkpoint and refuses, in one sentence, what is not one of `stage` for `env_id`."""
     if not Path(path).is_file():
         sys.exit(f"error: no checkpoint at {path}: make it with `{made_by}`, or name another one")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        meta = checkpoint["meta"]
+        meta = dict(checkpoint["meta"])
     except Exception as e:
         sys.exit(f"error: {path} cannot be read as a checkpoint ({type(e).__name__}): make it again with `{made_by}`")
     for key, want in (("format_version", FORMAT_VERSION), ("stage", stage), ("env_id", env_id)):
         if meta.get(key) != want:
             sys.exit(f"error: {path} has {key} {meta.get(key)}, expected {want}: make one with `{made_by}`")
+    if missing := [part for part in parts if part not in checkpoint] + ["args"] * ("args" not in meta):
+        sys.exit(f"error: {path} lacks {', '.join(missing)}: make it again with `{made_by}`")
     return checkpoint
 
 
@@ -372,19 +383,22 @@ def fit_decoder(decoder, z, actions, args):
 
 
 def mean_and_stderr(x):
-    return float(np.mean(x)), float(np.std(x, ddof=1) / np.sqrt(len(x))) if len(x) > 1 else float("nan")
+    return float(np.mean(x)), float(np.std(x, ddof=1) / np.sqrt(len(x)))
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if args.env_id not in ENV_NAMES:
         sys.exit(f"error: --env-id {args.env_id} is not a Procgen game: choose one of {', '.join(ENV_NAMES)}")
+    require(args, num_envs=1, num_steps=1, num_minibatches=1, update_epochs=1, decoder_epochs=1, decoder_batch_size=1, eval_episodes=2)
     batch_size = args.num_envs * args.num_steps
     if batch_size % args.num_minibatches:
         sys.exit(f"error: --num-minibatches {args.num_minibatches} does not divide num_envs x num_steps = {batch_size}: choose a divisor")
-    warmup_end = max(args.action_head_warmup[1], args.value_head_warmup[1], args.linear_warmup[1])
-    if not args.from_scratch and args.total_timesteps <= warmup_end:
-        sys.exit(f"error: --total-timesteps {args.total_timesteps} ends before the warm-ups do ({warmup_end}): train longer or shorten them")
+    for name in () if args.from_scratch else ("action_head_warmup", "value_head_warmup", "linear_warmup"):
+        start, end = getattr(args, name)
+        if not 0 <= start < end < args.total_timesteps:
+            found = f"--{name.replace('_', '-')} {start} {end}"
+            sys.exit(f"error: {found} must rise and end before --total-timesteps {args.total_timesteps}: train longer or shorten it")
     use_decoder = args.sl and not args.from_scratch
     exp_name = args.exp_name or os.path.basename(__file__)[: -len(".py")] + ("_from_scratch" if args.from_scratch else "" if args.sl else "_no_sl")
     run_dir = Path(args.runs_dir) / f"{args.env_id}__{exp_name}__{args.seed}"
@@ -393,15 +407,14 @@ if __name__ == "__main__":
     policy_scale, num_levels, start_level, demonstrator = args.policy_scale, args.num_levels, args.start_level, None
     if not args.from_scratch or policy_scale is None or num_levels is None:
         bc_path = args.bc_checkpoint or Path(args.runs_dir) / f"{args.env_id}__lapo_bc__{args.seed}" / "checkpoint.pt"
-        cloned = load_checkpoint(bc_path, "lapo_bc", args.env_id, f"python lapo_bc.py --env-id {args.env_id}")
+        parts = ("policy", "idm", "latent_mean", "latent_std")
+        cloned = load_checkpoint(bc_path, "lapo_bc", args.env_id, f"python lapo_bc.py --env-id {args.env_id}", parts)
         if not args.from_scratch or policy_scale is None:
             policy_scale = cloned["meta"]["args"]["policy_scale"]
         num_levels = cloned["meta"]["num_levels"] if num_levels is None else num_levels
         start_level = cloned["meta"]["start_level"] if start_level is None else start_level
         demonstrator = cloned["meta"]["demonstrator"]
     start_level = start_level or 0
-
-    writer = make_writer(run_dir, args)
 
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -439,6 +452,7 @@ if __name__ == "__main__":
         idm = IDM(pretrain_args["idm_scale"], latent_dim).to(device).to(memory_format=torch.channels_last)
         idm.load_state_dict(cloned["idm"])
         idm.eval().requires_grad_(False)
+    writer = make_writer(run_dir, args)
     trained = [p for p in agent.parameters() if p.requires_grad]
     decoder_ready = False  # until its first fit the decoder's logits count as 0: play is uniformly random
     pairs_z, pairs_a = [], []  # the decoder's data: latents (n, latent_dim) and true actions (n,), one entry a rollout

@@ -234,6 +234,13 @@ class FDM(nn.Module):
         return frames[:, 3:] + x if self.predict_change else torch.tanh(x) / 2
 
 
+def require(args, **minimum):
+    """Refuses, in one sentence, a flag below its minimum."""
+    for name, least in minimum.items():
+        if getattr(args, name) < least:
+            sys.exit(f"error: --{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
+
+
 def make_writer(run_dir, args):
     """A fresh run folder with TensorBoard (and, with --track, Weights and Biases) logs and the hyperparameters."""
     if args.track:
@@ -242,7 +249,10 @@ def make_writer(run_dir, args):
         except ImportError:
             sys.exit("error: --track needs wandb, which is not installed: `pip install wandb`, or leave --track out")
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=vars(args), name=run_dir.name)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        sys.exit(f"error: the run folder {run_dir} cannot be made ({e.strerror}): choose another --runs-dir")
     for old in [run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
         old.unlink(missing_ok=True)
     writer = SummaryWriter(run_dir)
@@ -261,14 +271,18 @@ def load_meta(data_dir, env_id):
     command = f"python collect_expert_data.py --env-id {env_id}"
     try:
         meta = json.loads((Path(data_dir) / "meta.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         sys.exit(f"error: no dataset at {data_dir} (meta.json is missing): make it with `{command}`, or name another with --data-dir")
     except ValueError:
         sys.exit(f"error: {data_dir}/meta.json is not JSON: collect the dataset again with `{command} --overwrite`")
+    if not isinstance(meta, dict):
+        sys.exit(f"error: {data_dir}/meta.json holds no dictionary: collect the dataset again with `{command} --overwrite`")
     for key, want in (("format_version", FORMAT_VERSION), ("env_id", env_id)):
-        if not isinstance(meta, dict) or meta.get(key) != want:
-            found = meta.get(key) if isinstance(meta, dict) else None
-            sys.exit(f"error: {data_dir} has {key} {found}, expected {want}: make one with `{command}`, or name another with --data-dir")
+        if meta.get(key) != want:
+            sys.exit(f"error: {data_dir} has {key} {meta.get(key)}, expected {want}: make one with `{command}`, or name another with --data-dir")
+    missing = [key for key in ("num_levels", "start_level", "splits") if key not in meta]
+    if missing:
+        sys.exit(f"error: {data_dir}/meta.json lacks {', '.join(missing)}: collect the dataset again with `{command} --overwrite`")
     return meta
 
 
@@ -276,9 +290,10 @@ def load_array(data_dir, split, name, shape, dtype):
     """data_dir/split/name.npy memory-mapped; refuses, in one sentence, a missing, truncated or wrong-shaped file."""
     path = Path(data_dir) / split / f"{name}.npy"
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.lib.format.open_memmap(path, mode="r")  # refuses pickles
     except (OSError, ValueError, EOFError) as e:
-        sys.exit(f"error: {path} is missing or damaged ({e}): collect the dataset again with collect_expert_data.py --overwrite")
+        why = str(e).splitlines()[0]
+        sys.exit(f"error: {path} is missing or damaged ({why}): collect the dataset again with collect_expert_data.py --overwrite")
     if array.shape != shape or array.dtype != dtype:
         found = f"{array.shape} {array.dtype}, expected {shape} {np.dtype(dtype)}"
         sys.exit(f"error: {path} holds {found}: collect the dataset again with collect_expert_data.py --overwrite")
@@ -316,6 +331,7 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if args.env_id not in ENV_NAMES:
         sys.exit(f"error: --env-id {args.env_id} is not a Procgen game: choose one of {', '.join(ENV_NAMES)}")
+    require(args, num_updates=1, batch_size=1, eval_every=1, eval_windows=1)
     data_dir = Path(args.data_dir or f"data/{args.env_id}")
     run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
     if (run_dir / "results.json").exists() and not args.overwrite:

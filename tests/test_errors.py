@@ -135,7 +135,7 @@ def test_bad_datasets(refuse, work, stage):
         ("train/first.npy", np.zeros((2000, 1), dtype=bool), "expected (2000,) bool"),
         ("train/first.npy", np.zeros(2000, dtype=np.uint8), "uint8, expected (2000,) bool"),
         ("meta.json", "{half", "meta.json is not JSON"),
-        ("meta.json", "[]", "expected 1"),
+        ("meta.json", "[]", "holds no dictionary"),
         ("meta.json", json.dumps({**meta, "env_id": OTHER}), f"has env_id {OTHER}, expected {ENV_ID}"),
         ("meta.json", json.dumps({**meta, "format_version": 2}), "has format_version 2, expected 1"),
         ("train/actions.npy", np.zeros(1999, dtype=np.int8), "train/actions.npy holds (1999,) int8, expected (2000,) int8"),
