@@ -1,6 +1,7 @@
 # `make quickstart` and `make test` set everything up by themselves: inside an active environment (virtualenv or conda) they use it,
 # elsewhere they make .venv from requirements.txt. Both also work by hand: pip install -r requirements.txt, then the commands below.
 ENV_ID ?= coinrun
+PYTHON3 ?= python3
 BIN := $(if $(VIRTUAL_ENV)$(CONDA_PREFIX),,.venv/bin/)
 STAMP := $(if $(BIN),.venv/.installed,.installed)
 
@@ -21,7 +22,7 @@ format: $(STAMP)
 	$(BIN)python -m ruff format .
 
 $(STAMP): requirements.txt
-	$(if $(BIN),test -x .venv/bin/python || python3 -m venv .venv)
+	$(if $(BIN),test -x .venv/bin/python || $(PYTHON3) -m venv .venv)
 	$(BIN)python -m pip install -q -r requirements.txt
 	touch $@
 

@@ -95,12 +95,12 @@ class Args:
 
     decoder_hidden: tuple[int, ...] = (192, 128, 64)
     """hidden widths of the decoder"""
-    decoder_updates: int = 1000
-    """gradient steps of a decoder"""
+    decoder_updates: int = 200
+    """gradient steps of a decoder; many overfit a handful of labels"""
     decoder_learning_rate: float = 1e-3
     """Adam's learning rate for a decoder, linearly to 0"""
     bc_updates: int = 1000
-    """gradient steps of behaviour cloning from scratch"""
+    """gradient steps of behaviour cloning from scratch; few learn little more than how often each action is taken, many overfit"""
     bc_learning_rate: float = 5e-4
     """Adam's learning rate for behaviour cloning from scratch, linearly to 0"""
     bc_batch_size: int = 128

@@ -57,6 +57,8 @@ class Args:
     """the wandb's project name"""
     wandb_entity: str | None = None
     """the entity (team) of wandb's project"""
+    capture_video: bool = False
+    """write a GIF of test frames (left) and their predictions (right) to the run folder"""
     runs_dir: str = "runs"
     """where run folders (TensorBoard logs, checkpoint.pt, results.json) are made"""
     overwrite: bool = False
@@ -463,6 +465,17 @@ if __name__ == "__main__":
     Image.fromarray(strip.permute(1, 2, 0).numpy()).save(run_dir / "predictions.png")
     np.save(run_dir / "test_latents.npy", z_test.numpy())
     np.save(run_dir / "test_windows.npy", eval_t["test"])
+    if args.capture_video:
+        films = []
+        for module in (idm, vq, fdm):
+            module.eval()
+        for t in np.array_split(test_t[:256], 8):  # the first env's frames, in order
+            with torch.no_grad():
+                windows = get_windows(test_frames, t, device)
+                both = torch.cat([windows[:, 6:], forward(windows)[0].clamp(-0.5, 0.5)], dim=3)  # (B, 3, 64, 128)
+            films.append(((both + 0.5) * 255).byte().cpu().permute(0, 2, 3, 1).numpy())
+        film = [Image.fromarray(frame).resize((384, 192), Image.NEAREST) for frame in np.concatenate(films)]
+        film[0].save(run_dir / "predictions.gif", save_all=True, append_images=film[1:], duration=1000 // 15, loop=0)
     wall = time.time() - start_time
     results = {
         "stage": "lapo_pretrain", "env_id": args.env_id, "seed": args.seed, "updates": args.num_updates, **out, "curve": curve,
