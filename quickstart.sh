@@ -27,11 +27,11 @@ stage() { # script flags...: runs it and notes how long it took
 stage collect_expert_data.py "${COMMON[@]}" --data-dir "$OUT/data/$ENV_ID" --expert-checkpoint "experts/$ENV_ID.pt" \
     --num-train-frames 65536 --num-test-frames 8192
 stage lapo_pretrain.py "${COMMON[@]}" --data-dir "$OUT/data/$ENV_ID" \
-    --num-updates 3000 --batch-size 32 --learning-rate 1e-3 --idm-scale 1 --fdm-width 8 --vq-dim 4 --predict-change \
-    --eval-every 500 --eval-windows 2048
+    --num-updates 2000 --batch-size 32 --learning-rate 1e-3 --idm-scale 1 --fdm-width 8 --vq-dim 4 --predict-change \
+    --eval-every 250 --eval-windows 2048
 stage lapo_bc.py "${COMMON[@]}" --data-dir "$OUT/data/$ENV_ID" \
-    --num-updates 4000 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 --policy-scale 0.5 --eval-every 500
+    --num-updates 8000 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 --policy-scale 0.5 --eval-every 1000
 stage lapo_decode.py "${COMMON[@]}" --data-dir "$OUT/data/$ENV_ID" \
-    --num-labels 32 128 512 2048 --table-labels 128 --num-draws 5 --eval-episodes 100 --decoder-updates 100 \
+    --num-labels 32 128 512 2048 --table-labels 128 --num-draws 5 --eval-episodes 200 --decoder-updates 100 \
     --bc-updates 100 --bc-batch-size 64 --capture-video
 "$PYTHON" report.py --env-id "$ENV_ID" --seed 1 --runs-dir "$OUT" --stage-seconds "${stages[@]}"
