@@ -93,6 +93,8 @@ class Args:
     num_envs: int = 50
     """the most games played in parallel"""
 
+    temperature: float = 1.0
+    """actions are sampled from softmax(logits / temperature), for LAPO and for behaviour cloning alike"""
     decoder_hidden: tuple[int, ...] = (192, 128, 64)
     """hidden widths of the decoder"""
     decoder_updates: int = 200
@@ -373,6 +375,8 @@ if __name__ == "__main__":
     if "demonstrator" not in data_meta:
         sys.exit(f"error: {data_dir}/meta.json lacks demonstrator, the score to compare with: add its return_mean, return_stderr and episodes")
     frames, valid_t = load_frames(data_dir, "train", data_meta)
+    if args.temperature <= 0:
+        sys.exit(f"error: --temperature is {args.temperature}, expected more than 0: 1 samples from the logits as they are")
     if len(set(args.num_labels)) < len(args.num_labels):
         sys.exit(f"error: --num-labels {args.num_labels} names a count twice: name each once")
     if args.table_labels not in args.num_labels:
@@ -404,14 +408,14 @@ if __name__ == "__main__":
     writer = make_writer(run_dir, args)
 
     def play(logits_of, num_episodes, draw, gif=None):
-        """Returns (num_episodes,) of the policy that samples from softmax(logits_of(obs)); methods meet the same levels at the same draw."""
+        """Returns (num_episodes,) of sampling from softmax(logits_of(obs) / temperature); methods meet the same levels at the same draw."""
         seed = args.seed * 1000 + draw
         generator = torch.Generator(device).manual_seed(seed)
 
         @torch.inference_mode()
         def act(obs):
             logits = logits_of(torch.as_tensor(obs, device=device))
-            return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1).cpu().numpy().astype(np.int32)
+            return torch.multinomial((logits / args.temperature).softmax(-1), 1, generator=generator).squeeze(-1).cpu().numpy().astype(np.int32)
 
         env = make_env(args.env_id, min(args.num_envs, num_episodes), num_levels, start_level, seed)
         returns = evaluate(act, env, num_episodes, gif)

@@ -32,6 +32,6 @@ stage lapo_pretrain.py "${COMMON[@]}" --data-dir "$OUT/data/$ENV_ID" \
 stage lapo_bc.py "${COMMON[@]}" --data-dir "$OUT/data/$ENV_ID" \
     --num-updates 8000 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 --policy-scale 0.5 --eval-every 1000
 stage lapo_decode.py "${COMMON[@]}" --data-dir "$OUT/data/$ENV_ID" \
-    --num-labels 32 128 512 2048 --table-labels 128 --num-draws 5 --eval-episodes 200 --decoder-updates 100 \
-    --bc-updates 100 --bc-batch-size 64 --capture-video
+    --num-labels 32 128 512 2048 --table-labels 512 --num-draws 5 --eval-episodes 200 --temperature 0.5 \
+    --decoder-updates 200 --bc-updates 200 --bc-batch-size 64 --capture-video
 "$PYTHON" report.py --env-id "$ENV_ID" --seed 1 --runs-dir "$OUT" --stage-seconds "${stages[@]}"
