@@ -57,7 +57,7 @@ def plot_latents(ax, latents, actions):
     ax.set_ylabel(f"2nd principal component ({share[1]:.0%})")
     lo, hi = np.percentile(xy, [0.5, 99.5], axis=0)
     ax.set(xlim=(lo[0], hi[0]), ylim=(lo[1], hi[1]))
-    ax.legend(fontsize=8, markerscale=1.5, ncol=2)
+    ax.legend(fontsize=7, markerscale=1.2, ncol=3, loc="upper center", framealpha=0.7)
 
 
 if __name__ == "__main__":
@@ -115,7 +115,8 @@ if __name__ == "__main__":
         ax.axhline(r["return_mean"], color=COLORS[r["method"]], ls=style, label=NAMES[r["method"]])
     ax.set_xscale("log", base=2)
     ax.set(title=f"Return against label counts (mean of {decode['num_draws']} draws)", xlabel="action-labelled frames", ylabel="episodic return")
-    ax.legend(fontsize=9)
+    ax.set_ylim(0, 1.35 * rows[-1]["return_mean"])
+    ax.legend(fontsize=9, ncol=2, loc="upper center")
 
     t = np.load(folders["lapo_pretrain"] / "test_windows.npy")
     actions_path = Path(args.data_dir or runs / "data" / args.env_id) / "test" / "actions.npy"
