@@ -96,6 +96,8 @@ class Args:
     """the lambda of the generalised advantage estimation"""
     num_minibatches: int = 8
     """minibatches per epoch"""
+    micro_batch_size: int | None = None
+    """a minibatch's gradient is added up over pieces of this size, same numbers; default: 128 on a CPU (fits its cache), all at once on a GPU"""
     update_epochs: int = 3
     """epochs over each rollout"""
     norm_adv: bool = True
@@ -130,7 +132,8 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(hidden, channels, kernel_size=3, padding=1)
 
     def forward(self, x):
-        return x + self.conv1(torch.relu(self.conv0(torch.relu(x))))
+        # in place where nobody needs the old values: fewer passes over memory
+        return self.conv1(torch.relu_(self.conv0(torch.relu(x)))).add_(x)
 
 
 class ImpalaCNN(nn.Module):
@@ -202,6 +205,23 @@ def compute_gae(rewards, values, dones, next_value, next_done, gamma, gae_lambda
     return advantages
 
 
+def ppo_loss(logits, newvalue, actions, logprobs, advantages, returns, values, args):
+    """PPO's clipped loss (Schulman et al. 2017, equation 9) of logits (B, 15) and the rest (B,), a mean; and detached, what is logged of it."""
+    action_dist = Categorical(logits=logits)
+    logratio = action_dist.log_prob(actions) - logprobs
+    ratio = logratio.exp()
+    pg_loss = torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)).mean()
+    v_loss = (newvalue - returns) ** 2
+    if args.clip_vloss:
+        v_clipped = values + (newvalue - values).clamp(-args.clip_coef, args.clip_coef)
+        v_loss = torch.max(v_loss, (v_clipped - returns) ** 2)
+    v_loss, entropy_loss = 0.5 * v_loss.mean(), action_dist.entropy().mean()
+    approx_kl = ((ratio - 1) - logratio).mean()  # http://joschu.net/blog/kl-approx.html
+    clipfrac = ((ratio - 1.0).abs() > args.clip_coef).float().mean()
+    loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
+    return loss, torch.stack([pg_loss, v_loss, entropy_loss, approx_kl, clipfrac]).detach()
+
+
 def make_env(env_id, num_envs, num_levels, start_level, seed):
     """Procgen, easy mode: act(actions), then observe() -> reward (E,), {"rgb": (E, 64, 64, 3) uint8}, first (E,)."""
     return ProcgenGym3Env(
@@ -245,8 +265,8 @@ def evaluate(act, env, num_episodes, gif=None):
 def require(args, **minimum):
     """Refuses, in one sentence, a flag below its minimum."""
     for name, least in minimum.items():
-        if getattr(args, name) < least:
-            sys.exit(f"error: --{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
+        if (value := getattr(args, name)) is not None and value < least:
+            sys.exit(f"error: --{name.replace('_', '-')} is {value}, expected at least {least}")
 
 
 def make_writer(run_dir, args):
@@ -336,7 +356,8 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if args.env_id not in ENV_NAMES:
         sys.exit(f"error: --env-id {args.env_id} is not a Procgen game: choose one of {', '.join(ENV_NAMES)}")
-    require(args, num_envs=1, num_steps=1, num_minibatches=1, update_epochs=1, num_train_frames=0, num_test_frames=0, eval_episodes=2)
+    require(args, num_envs=1, num_steps=1, num_minibatches=1, micro_batch_size=1, update_epochs=1)
+    require(args, num_train_frames=0, num_test_frames=0, eval_episodes=2)
     batch_size = args.num_envs * args.num_steps
     if batch_size % args.num_minibatches:
         sys.exit(f"error: --num-minibatches {args.num_minibatches} does not divide num_envs x num_steps = {batch_size}: choose a divisor")
@@ -376,10 +397,11 @@ if __name__ == "__main__":
     meta = {"stage": "collect_expert_data", "env_id": args.env_id, "num_levels": num_levels, "start_level": start_level, "args": asdict(args)}
     curve = []  # (frames, mean return of the last 100 episodes)
     if not args.expert_checkpoint:
-        optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
+        optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
         env = make_env(args.env_id, args.num_envs, num_levels, start_level, args.seed)
         normalize_reward = RewardNormalizer(args.num_envs, args.gamma)
         T, E = args.num_steps, args.num_envs
+        micro_batch_size = args.micro_batch_size or (128 if device.type == "cpu" else batch_size)
         obs = torch.zeros((T, E, 64, 64, 3), dtype=torch.uint8, device=device)  # a quarter of float storage
         actions = torch.zeros((T, E), dtype=torch.long, device=device)
         logprobs, rewards, dones, values = (torch.zeros((T, E), device=device) for _ in range(4))
@@ -418,29 +440,19 @@ if __name__ == "__main__":
             # update
             b_obs, b_actions, b_logprobs = obs.flatten(0, 1), actions.flatten(), logprobs.flatten()
             b_advantages, b_returns, b_values = advantages.flatten(), returns.flatten(), values.flatten()
-            clipfracs = []
+            logged = []
             for _ in range(args.update_epochs):
                 for mb in torch.randperm(batch_size, device=device).chunk(args.num_minibatches):
-                    with autocast:
-                        logits, newvalue = agent(b_obs[mb])
-                    action_dist = Categorical(logits=logits)
-                    logratio = action_dist.log_prob(b_actions[mb]) - b_logprobs[mb]
-                    ratio = logratio.exp()
-                    with torch.no_grad():
-                        approx_kl = ((ratio - 1) - logratio).mean()  # http://joschu.net/blog/kl-approx.html
-                        clipfracs.append(((ratio - 1.0).abs() > args.clip_coef).float().mean().item())
                     mb_advantages = b_advantages[mb]
                     if args.norm_adv:
                         mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
-                    pg_loss = torch.max(-mb_advantages * ratio, -mb_advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)).mean()
-                    v_loss = (newvalue - b_returns[mb]) ** 2
-                    if args.clip_vloss:
-                        v_clipped = b_values[mb] + (newvalue - b_values[mb]).clamp(-args.clip_coef, args.clip_coef)
-                        v_loss = torch.max(v_loss, (v_clipped - b_returns[mb]) ** 2)
-                    v_loss, entropy_loss = 0.5 * v_loss.mean(), action_dist.entropy().mean()
-                    loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
                     optimizer.zero_grad()
-                    loss.backward()
+                    for i, adv in zip(mb.split(micro_batch_size), mb_advantages.split(micro_batch_size)):
+                        with autocast:
+                            logits, newvalue = agent(b_obs[i])
+                        loss, stats = ppo_loss(logits, newvalue, b_actions[i], b_logprobs[i], adv, b_returns[i], b_values[i], args)
+                        (loss * len(i) / len(mb)).backward()  # gradients add up to those of the minibatch's mean
+                        logged.append(stats)
                     nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     optimizer.step()
 
@@ -452,11 +464,9 @@ if __name__ == "__main__":
                 writer.add_scalar("charts/episodic_return", curve[-1][1], global_step)
                 progress.set_postfix_str(f"return {curve[-1][1]:.2f}")
             writer.add_scalar("charts/SPS", progress.format_dict["rate"] or 0, global_step)
-            writer.add_scalar("losses/policy_loss", pg_loss.item(), global_step)
-            writer.add_scalar("losses/value_loss", v_loss.item(), global_step)
-            writer.add_scalar("losses/entropy", entropy_loss.item(), global_step)
-            writer.add_scalar("losses/approx_kl", approx_kl.item(), global_step)
-            writer.add_scalar("losses/clipfrac", np.mean(clipfracs), global_step)
+            stats = torch.stack(logged).mean(0).tolist()
+            for name, value in zip(("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac"), stats):
+                writer.add_scalar(f"losses/{name}", value, global_step)
             explained = 1 - (b_returns - b_values).var() / b_returns.var()
             writer.add_scalar("losses/explained_variance", explained.item(), global_step)
             if time.time() - last_save > 60 or iteration == num_iterations - 1:

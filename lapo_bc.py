@@ -19,6 +19,7 @@ Next:
 """
 
 import json
+import mmap
 import os
 import random
 import sys
@@ -94,7 +95,8 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(hidden, channels, kernel_size=3, padding=1)
 
     def forward(self, x):
-        return x + self.conv1(torch.relu(self.conv0(torch.relu(x))))
+        # in place where nobody needs the old values: fewer passes over memory
+        return self.conv1(torch.relu_(self.conv0(torch.relu(x)))).add_(x)
 
 
 class ImpalaCNN(nn.Module):
@@ -147,8 +149,8 @@ class LatentPolicy(nn.Module):
 def require(args, **minimum):
     """Refuses, in one sentence, a flag below its minimum."""
     for name, least in minimum.items():
-        if getattr(args, name) < least:
-            sys.exit(f"error: --{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
+        if (value := getattr(args, name)) is not None and value < least:
+            sys.exit(f"error: --{name.replace('_', '-')} is {value}, expected at least {least}")
 
 
 def make_writer(run_dir, args):
@@ -236,10 +238,28 @@ def load_frames(data_dir, split, meta):
     return frames, np.flatnonzero(~first[1:-1] & ~first[2:]) + 1
 
 
+def forget_pages(array):
+    """What was read of a memory-mapped array leaves this process's memory; it stays in the system's page cache."""
+    array.base.madvise(mmap.MADV_DONTNEED)
+
+
 def get_windows(frames, t, device):
     """Windows around t (B,) -> (B, 9, 64, 64) float in [-0.5, 0.5], channels-last: o_{t-1}, o_t, o_{t+1} stacked on channels."""
-    window = np.concatenate([frames[t - 1], frames[t], frames[t + 1]], axis=-1)  # (B, 64, 64, 9) uint8
-    return torch.from_numpy(window).to(device).permute(0, 3, 1, 2).float() / 255 - 0.5
+    # frames t-1, t, t+1 lie side by side in the file, so a view that overlaps itself makes each window a single copy of 36 KB
+    triples = np.lib.stride_tricks.as_strided(frames, (len(frames) - 2, 3, 64, 64, 3), (frames.strides[0], *frames.strides))
+    window = torch.cat(torch.from_numpy(triples[t - 1]).to(device).unbind(1), dim=-1)  # (B, 64, 64, 9) uint8
+    return torch.add(torch.tensor(-0.5, device=device), window.permute(0, 3, 1, 2), alpha=1 / 255)  # x / 255 - 0.5 in one pass
+
+
+def mean_and_std(array, chunk=65_536):
+    """Mean and standard deviation of the rows of a memory-mapped array (N, D), two tensors (D,), read chunk by chunk."""
+    n, total, squares = len(array), 0.0, 0.0
+    for i in range(0, n, chunk):
+        x = array[i : i + chunk].astype(np.float64)
+        total, squares = total + x.sum(0), squares + np.square(x).sum(0)
+        forget_pages(array)
+    mean = total / n
+    return torch.from_numpy(mean).float(), torch.from_numpy(np.sqrt(np.maximum(squares / n - mean**2, 0)) + 1e-6).float()
 
 
 if __name__ == "__main__":
@@ -274,7 +294,7 @@ if __name__ == "__main__":
     idm.load_state_dict(pretrained["idm"])
     idm.eval().requires_grad_(False)
     policy = LatentPolicy(args.policy_scale, latent_dim).to(device).to(memory_format=torch.channels_last)
-    optimizer = optim.Adam(policy.parameters(), lr=args.learning_rate)
+    optimizer = optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)
     writer = make_writer(run_dir, args)
 
     def lr_factor(update):
@@ -288,13 +308,14 @@ if __name__ == "__main__":
         for i in trange(0, len(ts), 512, unit="batch", desc="label", mininterval=1, leave=False):
             with autocast:
                 out[i : i + 512] = idm(get_windows(frames, ts[i : i + 512], device)).cpu().numpy()
+            forget_pages(frames)
         return out
 
     train_z = np.lib.format.open_memmap(run_dir / "latents.npy", "w+", np.float32, (len(train_t), latent_dim))  # in order of train_t
     label(train_frames, train_t, train_z)
+    latent_mean, latent_std = mean_and_std(train_z)
     test_t = np.sort(np.random.default_rng(0).permutation(test_t)[: args.eval_frames])
     test_z = torch.from_numpy(label(test_frames, test_t, np.zeros((len(test_t), latent_dim), dtype=np.float32)))
-    latent_mean, latent_std = torch.from_numpy(train_z.mean(0)), torch.from_numpy(train_z.std(0) + 1e-6)  # (latent_dim,)
     mean_mse = F.mse_loss(latent_mean.expand_as(test_z), test_z).item()
 
     @torch.inference_mode()
@@ -323,6 +344,8 @@ if __name__ == "__main__":
 
         step = update + 1
         if step % 50 == 0 or step == 1:
+            forget_pages(train_frames)
+            forget_pages(train_z)
             writer.add_scalar("losses/latent_mse", loss.item(), step)
             writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], step)
             writer.add_scalar("charts/SPS", (progress.format_dict["rate"] or 0) * args.batch_size, step)

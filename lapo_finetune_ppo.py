@@ -92,6 +92,8 @@ class Args:
     """steps in each game per rollout"""
     num_minibatches: int = 8
     """minibatches per epoch"""
+    micro_batch_size: int | None = None
+    """a minibatch's gradient is added up over pieces of this size, same numbers; default: 128 on a CPU (fits its cache), all at once on a GPU"""
     update_epochs: int = 3
     """epochs over each rollout"""
     gamma: float = 0.999
@@ -151,7 +153,8 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(hidden, channels, kernel_size=3, padding=1)
 
     def forward(self, x):
-        return x + self.conv1(torch.relu(self.conv0(torch.relu(x))))
+        # in place where nobody needs the old values: fewer passes over memory
+        return self.conv1(torch.relu_(self.conv0(torch.relu(x)))).add_(x)
 
 
 class ImpalaCNN(nn.Module):
@@ -268,11 +271,28 @@ def compute_gae(rewards, values, dones, next_value, next_done, gamma, gae_lambda
     return advantages
 
 
+def ppo_loss(logits, newvalue, actions, logprobs, advantages, returns, values, args):
+    """PPO's clipped loss (Schulman et al. 2017, equation 9) of logits (B, 15) and the rest (B,), a mean; and detached, what is logged of it."""
+    action_dist = Categorical(logits=logits)
+    logratio = action_dist.log_prob(actions) - logprobs
+    ratio = logratio.exp()
+    pg_loss = torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)).mean()
+    v_loss = (newvalue - returns) ** 2
+    if args.clip_vloss:
+        v_clipped = values + (newvalue - values).clamp(-args.clip_coef, args.clip_coef)
+        v_loss = torch.max(v_loss, (v_clipped - returns) ** 2)
+    v_loss, entropy_loss = 0.5 * v_loss.mean(), action_dist.entropy().mean()
+    approx_kl = ((ratio - 1) - logratio).mean()  # http://joschu.net/blog/kl-approx.html
+    clipfrac = ((ratio - 1.0).abs() > args.clip_coef).float().mean()
+    loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
+    return loss, torch.stack([pg_loss, v_loss, entropy_loss, approx_kl, clipfrac]).detach()
+
+
 def require(args, **minimum):
     """Refuses, in one sentence, a flag below its minimum."""
     for name, least in minimum.items():
-        if getattr(args, name) < least:
-            sys.exit(f"error: --{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
+        if (value := getattr(args, name)) is not None and value < least:
+            sys.exit(f"error: --{name.replace('_', '-')} is {value}, expected at least {least}")
 
 
 def make_writer(run_dir, args):
@@ -390,7 +410,8 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if args.env_id not in ENV_NAMES:
         sys.exit(f"error: --env-id {args.env_id} is not a Procgen game: choose one of {', '.join(ENV_NAMES)}")
-    require(args, num_envs=1, num_steps=1, num_minibatches=1, update_epochs=1, decoder_epochs=1, decoder_batch_size=1, eval_episodes=2)
+    require(args, num_envs=1, num_steps=1, num_minibatches=1, micro_batch_size=1, update_epochs=1)
+    require(args, decoder_epochs=1, decoder_batch_size=1, eval_episodes=2)
     batch_size = args.num_envs * args.num_steps
     if batch_size % args.num_minibatches:
         sys.exit(f"error: --num-minibatches {args.num_minibatches} does not divide num_envs x num_steps = {batch_size}: choose a divisor")
@@ -427,7 +448,7 @@ if __name__ == "__main__":
     meta = {"stage": "lapo_finetune_ppo", "env_id": args.env_id, "num_levels": num_levels, "start_level": start_level, "args": asdict(args)}
     if args.from_scratch:
         agent = Agent(policy_scale).to(device).to(memory_format=torch.channels_last)
-        optimizer = optim.Adam(agent.parameters(), lr=args.scratch_learning_rate, eps=1e-5)
+        optimizer = optim.Adam(agent.parameters(), lr=args.scratch_learning_rate, eps=1e-5, fused=True)
     else:
         pretrain_args = cloned["meta"]["pretrain_args"]
         latent_dim = pretrain_args["vq_num_codebooks"] * pretrain_args["vq_num_slots"] * pretrain_args["vq_dim"]
@@ -447,7 +468,7 @@ if __name__ == "__main__":
                 {"params": agent.critic.parameters(), "warmup": args.value_head_warmup, "peak": 0.25},
                 {"params": agent.network.fc.parameters(), "warmup": args.linear_warmup, "peak": 0.1},
             ],
-            lr=0.0, eps=1e-5,
+            lr=0.0, eps=1e-5, fused=True,
         )  # fmt: skip
         idm = IDM(pretrain_args["idm_scale"], latent_dim).to(device).to(memory_format=torch.channels_last)
         idm.load_state_dict(cloned["idm"])
@@ -464,6 +485,7 @@ if __name__ == "__main__":
     env = make_env(args.env_id, args.num_envs, num_levels, start_level, args.seed)
     normalize_reward = RewardNormalizer(args.num_envs, args.gamma)
     T, E = args.num_steps, args.num_envs
+    micro_batch_size = args.micro_batch_size or (128 if device.type == "cpu" else batch_size)
     obs = torch.zeros((T, E, 64, 64, 3), dtype=torch.uint8, device=device)
     features = None if args.from_scratch else torch.zeros((T, E, agent.network.fc.in_features), device=device)
     actions = torch.zeros((T, E), dtype=torch.long, device=device)
@@ -513,32 +535,23 @@ if __name__ == "__main__":
         b_inputs = (obs if args.from_scratch else features).flatten(0, 1)
         b_actions, b_logprobs, b_offsets = actions.flatten(), logprobs.flatten(), offsets.flatten(0, 1)
         b_advantages, b_returns, b_values = advantages.flatten(), returns.flatten(), values.flatten()
-        clipfracs = []
+        logged = []
         for _ in range(args.update_epochs):
             for mb in torch.randperm(batch_size, device=device).chunk(args.num_minibatches):
-                x = b_inputs[mb]
-                if args.from_scratch:
-                    with autocast:
-                        x = agent.features(x)
-                logits, newvalue = agent(x)
-                action_dist = Categorical(logits=share * logits + b_offsets[mb])
-                logratio = action_dist.log_prob(b_actions[mb]) - b_logprobs[mb]
-                ratio = logratio.exp()
-                with torch.no_grad():
-                    approx_kl = ((ratio - 1) - logratio).mean()  # http://joschu.net/blog/kl-approx.html
-                    clipfracs.append(((ratio - 1.0).abs() > args.clip_coef).float().mean().item())
                 mb_advantages = b_advantages[mb]
                 if args.norm_adv:
                     mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
-                pg_loss = torch.max(-mb_advantages * ratio, -mb_advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)).mean()
-                v_loss = (newvalue - b_returns[mb]) ** 2
-                if args.clip_vloss:
-                    v_clipped = b_values[mb] + (newvalue - b_values[mb]).clamp(-args.clip_coef, args.clip_coef)
-                    v_loss = torch.max(v_loss, (v_clipped - b_returns[mb]) ** 2)
-                v_loss, entropy_loss = 0.5 * v_loss.mean(), action_dist.entropy().mean()
-                loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
                 optimizer.zero_grad()
-                loss.backward()
+                for i, adv in zip(mb.split(micro_batch_size), mb_advantages.split(micro_batch_size)):
+                    x = b_inputs[i]
+                    if args.from_scratch:
+                        with autocast:
+                            x = agent.features(x)
+                    logits, newvalue = agent(x)
+                    logits = share * logits + b_offsets[i]
+                    loss, stats = ppo_loss(logits, newvalue, b_actions[i], b_logprobs[i], adv, b_returns[i], b_values[i], args)
+                    (loss * len(i) / len(mb)).backward()  # gradients add up to those of the minibatch's mean
+                    logged.append(stats)
                 nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
                 optimizer.step()
 
@@ -568,11 +581,9 @@ if __name__ == "__main__":
         writer.add_scalar("charts/SPS", progress.format_dict["rate"] or 0, global_step)
         for name, group in zip(("action_head", "value_head", "linear"), optimizer.param_groups):
             writer.add_scalar(f"charts/learning_rate_{name}", group["lr"], global_step)
-        writer.add_scalar("losses/policy_loss", pg_loss.item(), global_step)
-        writer.add_scalar("losses/value_loss", v_loss.item(), global_step)
-        writer.add_scalar("losses/entropy", entropy_loss.item(), global_step)
-        writer.add_scalar("losses/approx_kl", approx_kl.item(), global_step)
-        writer.add_scalar("losses/clipfrac", np.mean(clipfracs), global_step)
+        stats = torch.stack(logged).mean(0).tolist()
+        for name, value in zip(("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac"), stats):
+            writer.add_scalar(f"losses/{name}", value, global_step)
         explained = 1 - (b_returns - b_values).var() / b_returns.var()
         writer.add_scalar("losses/explained_variance", explained.item(), global_step)
         if time.time() - last_save > 60 or iteration == num_iterations - 1:

@@ -18,6 +18,7 @@ Next:
 """
 
 import json
+import mmap
 import os
 import random
 import sys
@@ -116,7 +117,8 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(hidden, channels, kernel_size=3, padding=1)
 
     def forward(self, x):
-        return x + self.conv1(torch.relu(self.conv0(torch.relu(x))))
+        # in place where nobody needs the old values: fewer passes over memory
+        return self.conv1(torch.relu_(self.conv0(torch.relu(x)))).add_(x)
 
 
 class ImpalaCNN(nn.Module):
@@ -239,8 +241,8 @@ class FDM(nn.Module):
 def require(args, **minimum):
     """Refuses, in one sentence, a flag below its minimum."""
     for name, least in minimum.items():
-        if getattr(args, name) < least:
-            sys.exit(f"error: --{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
+        if (value := getattr(args, name)) is not None and value < least:
+            sys.exit(f"error: --{name.replace('_', '-')} is {value}, expected at least {least}")
 
 
 def make_writer(run_dir, args):
@@ -311,10 +313,30 @@ def load_frames(data_dir, split, meta):
     return frames, np.flatnonzero(~first[1:-1] & ~first[2:]) + 1
 
 
+def forget_pages(array):
+    """What was read of a memory-mapped array leaves this process's memory; it stays in the system's page cache."""
+    array.base.madvise(mmap.MADV_DONTNEED)
+
+
 def get_windows(frames, t, device):
     """Windows around t (B,) -> (B, 9, 64, 64) float in [-0.5, 0.5], channels-last: o_{t-1}, o_t, o_{t+1} stacked on channels."""
-    window = np.concatenate([frames[t - 1], frames[t], frames[t + 1]], axis=-1)  # (B, 64, 64, 9) uint8
-    return torch.from_numpy(window).to(device).permute(0, 3, 1, 2).float() / 255 - 0.5
+    # frames t-1, t, t+1 lie side by side in the file, so a view that overlaps itself makes each window a single copy of 36 KB
+    triples = np.lib.stride_tricks.as_strided(frames, (len(frames) - 2, 3, 64, 64, 3), (frames.strides[0], *frames.strides))
+    window = torch.cat(torch.from_numpy(triples[t - 1]).to(device).unbind(1), dim=-1)  # (B, 64, 64, 9) uint8
+    return torch.add(torch.tensor(-0.5, device=device), window.permute(0, 3, 1, 2), alpha=1 / 255)  # x / 255 - 0.5 in one pass
+
+
+def predict(idm, vq, fdm, windows, autocast):
+    """Windows (B, 9, 64, 64) -> prediction o^_{t+1} (B, 3, 64, 64), VQ loss, continuous latent (B, latent_dim), codes, perplexities (N,).
+
+    vq is None in the no-VQ ablation.
+    """
+    with autocast:
+        z = idm(windows)
+    with torch.autocast(windows.device.type, enabled=False):
+        quantised, vq_loss, codes, perplexity = vq(z) if vq else (z, torch.zeros((), device=z.device), None, None)
+    with autocast:
+        return fdm(windows[:, :6], quantised), vq_loss, z, codes, perplexity
 
 
 def linear_probe(z, actions, z_test, actions_test):
@@ -363,22 +385,14 @@ if __name__ == "__main__":
     idm = IDM(args.idm_scale, latent_dim).to(device).to(memory_format=torch.channels_last)
     vq = VQ(args.vq_num_codebooks, args.vq_num_slots, args.vq_dim, args.vq_num_codes, args.vq_commitment, args.vq_decay).to(device)
     fdm = FDM(latent_dim, args.fdm_width, args.predict_change).to(device).to(memory_format=torch.channels_last)
+    networks = (idm, vq if args.vq else None, fdm)
     params = [*idm.parameters(), *fdm.parameters()]
-    optimizer = optim.Adam(params, lr=args.learning_rate)
+    optimizer = optim.Adam(params, lr=args.learning_rate, fused=True)
 
     def lr_factor(update):
         if update < args.warmup_updates:
             return 0.1 + 0.9 * update / args.warmup_updates
         return 1 - 0.99 * (update - args.warmup_updates) / max(1, args.num_updates - args.warmup_updates)
-
-    def forward(windows):
-        """Windows (B, 9, 64, 64) -> prediction o^_{t+1} (B, 3, 64, 64), VQ loss, continuous latent (B, latent_dim), codes, perplexities (N,)."""
-        with autocast:
-            z = idm(windows)
-        with torch.autocast(device.type, enabled=False):
-            quantised, vq_loss, codes, perplexity = vq(z) if args.vq else (z, torch.zeros((), device=device), None, None)
-        with autocast:
-            return fdm(windows[:, :6], quantised), vq_loss, z, codes, perplexity
 
     eval_rng = np.random.default_rng(0)
     eval_t = {s: np.sort(eval_rng.permutation(t)[: args.eval_windows]) for s, t in (("train", train_t), ("test", test_t))}
@@ -402,7 +416,7 @@ if __name__ == "__main__":
                     with autocast:
                         latents.append(idm(windows))
                     continue
-                prediction, _, latent, _, _ = forward(windows)
+                prediction, _, latent, _, _ = predict(*networks, windows, autocast)
                 latents.append(latent)
                 fdm_loss.append(F.mse_loss(prediction, windows[:, 6:]).item() * len(t))
                 copy_loss.append(F.mse_loss(windows[:, 3:6], windows[:, 6:]).item() * len(t))
@@ -413,7 +427,7 @@ if __name__ == "__main__":
             a = {s: torch.from_numpy(labels[s][eval_t[s]].astype(np.int64)) for s in labels}
             out["probe/balanced_accuracy"], out["probe/chance"] = linear_probe(z["train"], a["train"], z["test"], a["test"])
         windows = get_windows(test_frames, picture_t, device)
-        prediction = forward(windows)[0]
+        prediction = predict(*networks, windows, autocast)[0]
         rows = [windows[:, 3:6], windows[:, 6:], prediction, (prediction - windows[:, 6:]).abs() * 2 - 0.5]  # o_t, o_{t+1}, o^_{t+1}, 2 |error|
         rows = [F.pad(row.clamp(-0.5, 0.5), (1, 1, 1, 1), value=0.5) for row in rows]  # a white frame around each
         strip = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)  # (3, 4 * 66, 12 * 66)
@@ -431,7 +445,7 @@ if __name__ == "__main__":
     for update in progress:
         optimizer.param_groups[0]["lr"] = args.learning_rate * lr_factor(update)
         windows = get_windows(train_frames, train_t[rng.integers(len(train_t), size=args.batch_size)], device)
-        prediction, vq_loss, z, _, perplexity = forward(windows)
+        prediction, vq_loss, z, _, perplexity = predict(*networks, windows, autocast)
         fdm_loss = F.mse_loss(prediction, windows[:, 6:])
         loss = fdm_loss + vq_loss
         optimizer.zero_grad()
@@ -441,6 +455,7 @@ if __name__ == "__main__":
 
         step = update + 1
         if step % 50 == 0 or step == 1:
+            forget_pages(train_frames)
             writer.add_scalar("losses/fdm_loss", fdm_loss.item(), step)
             writer.add_scalar("losses/copy_last_frame_loss", F.mse_loss(windows[:, 3:6], windows[:, 6:]).item(), step)
             writer.add_scalar("losses/vq_loss", vq_loss.item(), step)
@@ -472,7 +487,7 @@ if __name__ == "__main__":
         for t in np.array_split(test_t[:256], 8):  # the first env's frames, in order
             with torch.no_grad():
                 windows = get_windows(test_frames, t, device)
-                both = torch.cat([windows[:, 6:], forward(windows)[0].clamp(-0.5, 0.5)], dim=3)  # (B, 3, 64, 128)
+                both = torch.cat([windows[:, 6:], predict(*networks, windows, autocast)[0].clamp(-0.5, 0.5)], dim=3)  # (B, 3, 64, 128)
             films.append(((both + 0.5) * 255).byte().cpu().permute(0, 2, 3, 1).numpy())
         film = [Image.fromarray(frame).resize((384, 192), Image.NEAREST) for frame in np.concatenate(films)]
         film[0].save(run_dir / "predictions.gif", save_all=True, append_images=film[1:], duration=1000 // 15, loop=0)
