@@ -41,6 +41,7 @@ import lapo_bc as bc  # noqa: E402
 import lapo_finetune_ppo as finetune  # noqa: E402
 import lapo_pretrain as pretrain  # noqa: E402
 
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # CUDA_VISIBLE_DEVICES= hides a GPU
 STAGES = ("pretrain", "load", "clone", "ppo", "finetune", "env")
 SHAPES = {
     "paper": SimpleNamespace(idm_scale=4, fdm_width=24, latents=128, batch=128, policy_scale=4, clone_batch=128),
@@ -61,8 +62,6 @@ class Args:
     """size of the random dataset that is written to a temporary folder, 12,288 bytes a frame"""
     env_id: str = "coinrun"
     """the Procgen game that PPO plays"""
-    cuda: bool = True
-    """if toggled, cuda is used when there is one"""
     compile: bool = False
     """try torch.compile too (on two CPU cores it compiles for one to two minutes a network)"""
     out: str | None = None
@@ -199,10 +198,11 @@ def make_plain(*modules):
 
 
 def pretrain_step(
-    s, frames, ts, bf16=False, channels_last=False, constant_map=False, gather=False, fused=False, inplace=False, keep=False, compiled=False
-):
-    """A function that does one update of lapo_pretrain.py."""
-    torch.manual_seed(0)
+    s, frames, ts, losses=None, seed=0, bf16=False, channels_last=False, constant_map=False, gather=False, fused=False, inplace=False, keep=False,
+    compiled=False,
+):  # fmt: skip
+    """A function that does one update of lapo_pretrain.py; its FDM loss goes to the list `losses`."""
+    torch.manual_seed(seed)
     idm = pretrain.IDM(s.idm_scale, s.latents).to(device)
     vq = pretrain.VQ(2, 4, s.latents // 8, 64, 0.05, 0.999).to(device)
     fdm = pretrain.FDM(s.latents, s.fdm_width).to(device)
@@ -216,7 +216,7 @@ def pretrain_step(
     optimizer = torch.optim.Adam(params, lr=3e-4, fused=fused)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     networks = (torch.compile(idm), vq, torch.compile(fdm)) if compiled else (idm, vq, fdm)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     loader = iter(endless(DataLoader(Windows(frames, ts), s.batch, shuffle=True, drop_last=True)))
 
     def step():
@@ -227,11 +227,14 @@ def pretrain_step(
         elif gather:
             windows = windows.contiguous()
         prediction, vq_loss, *_ = pretrain.predict(*networks, windows, autocast)
-        loss = F.mse_loss(prediction, windows[:, 6:]) + vq_loss
+        fdm_loss = F.mse_loss(prediction, windows[:, 6:])
+        loss = fdm_loss + vq_loss
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(params, 2.0)
         optimizer.step()
+        if losses is not None:
+            losses.append(fdm_loss.item())
         return s.batch
 
     return step
@@ -283,11 +286,11 @@ def clone_step(s, frames, ts, bf16=False, channels_last=False, cached=False, gat
 HYPER = SimpleNamespace(clip_coef=0.2, clip_vloss=True, ent_coef=0.01, vf_coef=0.5)
 
 
-def ppo_step(num_steps, layout="contiguous", bf16=False, gym3=False, micro=None, fused=False, inplace=False):
-    """A function that does a rollout of 64 x num_steps frames with IMPALA x1 and updates on it, one minibatch, three epochs."""
-    torch.manual_seed(0)
-    E = 64
-    agent = collect.Agent(1.0).to(device)
+def ppo_step(s, returns_log=None, seed=0, layout="contiguous", bf16=False, gym3=False, micro=None, fused=False, inplace=False):
+    """A function that does a rollout of 64 x s.num_steps frames and three epochs on it; the returns of its episodes go to `returns_log`."""
+    torch.manual_seed(seed)
+    E, num_steps = 64, s.num_steps
+    agent = collect.Agent(s.scale).to(device)
     if layout == "channels_last":
         agent = agent.to(memory_format=torch.channels_last)
     if not inplace:
@@ -296,14 +299,14 @@ def ppo_step(num_steps, layout="contiguous", bf16=False, gym3=False, micro=None,
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     normalize_reward = collect.RewardNormalizer(E, 0.999)
     if gym3:
-        env = collect.make_env(args.env_id, E, 0, 0, 1)
+        env = collect.make_env(s.env_id, E, s.num_levels, 0, seed)
         next_obs = torch.tensor(env.observe()[1]["rgb"], device=device)
         obs = torch.zeros((num_steps, E, 64, 64, 3), dtype=torch.uint8, device=device)
     else:  # CleanRL's: a Python dictionary for every environment and step, observations stored as float32
-        env = ProcgenEnv(num_envs=E, env_name=args.env_id, distribution_mode="easy", num_levels=0, start_level=0, rand_seed=1)
+        env = ProcgenEnv(num_envs=E, env_name=s.env_id, distribution_mode="easy", num_levels=s.num_levels, start_level=0, rand_seed=seed)
         next_obs = torch.Tensor(env.reset()["rgb"]).to(device)
         obs = torch.zeros((num_steps, E, 64, 64, 3), device=device)
-    state = SimpleNamespace(next_obs=next_obs, next_done=torch.zeros(E, device=device))
+    state = SimpleNamespace(next_obs=next_obs, next_done=torch.zeros(E, device=device), running=np.zeros(E))
     actions = torch.zeros((num_steps, E), dtype=torch.long, device=device)
     logprobs, rewards, dones, values = (torch.zeros((num_steps, E), device=device) for _ in range(4))
 
@@ -333,6 +336,10 @@ def ppo_step(num_steps, layout="contiguous", bf16=False, gym3=False, micro=None,
                     if "episode" in info:
                         break
             state.next_done = torch.tensor(done, dtype=torch.float32, device=device)
+            state.running += reward
+            if returns_log is not None:
+                returns_log.extend(state.running[np.flatnonzero(done)])
+            state.running[np.flatnonzero(done)] = 0
             rewards[t] = torch.tensor(normalize_reward(reward, done), dtype=torch.float32, device=device)
         with torch.inference_mode(), autocast:
             next_value = forward(state.next_obs)[1]
@@ -340,17 +347,18 @@ def ppo_step(num_steps, layout="contiguous", bf16=False, gym3=False, micro=None,
         returns = (advantages + values).flatten()
         b_obs, n = obs.flatten(0, 1), num_steps * E
         for _ in range(3):
-            mb = torch.randperm(n, device=device)
-            adv = advantages.flatten()[mb]
-            adv = (adv - adv.mean()) / (adv.std() + 1e-8)
-            optimizer.zero_grad()
-            for i, a in zip(mb.split(micro or n), adv.split(micro or n)):
-                with autocast:
-                    logits, newvalue = forward(b_obs[i])
-                loss, _ = collect.ppo_loss(logits, newvalue, actions.flatten()[i], logprobs.flatten()[i], a, returns[i], values.flatten()[i], HYPER)
-                (loss * len(i) / n).backward()
-            nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
-            optimizer.step()
+            for mb in torch.randperm(n, device=device).chunk(s.num_minibatches):
+                adv = advantages.flatten()[mb]
+                adv = (adv - adv.mean()) / (adv.std() + 1e-8)
+                optimizer.zero_grad()
+                for i, a in zip(mb.split(micro or n), adv.split(micro or n)):
+                    with autocast:
+                        logits, newvalue = forward(b_obs[i])
+                    batch = (actions.flatten()[i], logprobs.flatten()[i], a, returns[i], values.flatten()[i])
+                    loss, _ = collect.ppo_loss(logits, newvalue, *batch, HYPER)
+                    (loss * len(i) / len(mb)).backward()
+                nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
+                optimizer.step()
         return n
 
     return step
@@ -479,7 +487,6 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if unknown := set(args.stages) - set(STAGES):
         sys.exit(f"error: --stages {' '.join(unknown)} is unknown: choose of {', '.join(STAGES)}")
-    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     if device.type == "cuda":
         device_name, slug = torch.cuda.get_device_name(), torch.cuda.get_device_name().lower().replace(" ", "-")
     else:
@@ -552,7 +559,8 @@ if __name__ == "__main__":
             "+ fused Adam": {"fused": True},
             "+ in-place ReLU and sum (= collect_expert_data.py)": {"inplace": True},
         }
-        rows += alternate("ppo", "IMPALA x1, minibatches of 2048, 3 epochs", "frames/s", cumulative(ppo_step, 32, options=options))
+        s = SimpleNamespace(env_id=args.env_id, num_levels=0, scale=1.0, num_steps=32, num_minibatches=1)
+        rows += alternate("ppo", "IMPALA x1, minibatches of 2048, 3 epochs", "frames/s", cumulative(ppo_step, s, options=options))
     if "finetune" in args.stages:
         options = {
             "plain: CleanRL's, fp32, contiguous": {},
