@@ -306,6 +306,17 @@ def require(args, **minimum):
             sys.exit(f"error: --{name.replace('_', '-')} is {value}, expected at least {least}")
 
 
+def one_sentence(kind, error, traceback):
+    """sys.excepthook: what goes wrong with files (a full disk, a read-only or deleted folder) ends in one sentence, not in a traceback."""
+    if issubclass(kind, OSError):
+        where = error.filename or "a file of this run"
+        print(
+            f"error: {where}: {error.strerror or error}; what was saved before is intact: mend that, then run the same command again", file=sys.stderr
+        )
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
 def lock_folder(folder):
     """Makes a folder if need be and locks it until this process ends; refuses, in one sentence, what another process is writing to."""
     try:
@@ -328,6 +339,7 @@ def start_run(run_dir, args):
         except ImportError:
             sys.exit("error: --track needs wandb, which is not installed: `pip install wandb`, or leave --track out")
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=vars(args), name=run_dir.name)
+    sys.excepthook = one_sentence
     lock_folder(run_dir)
     state, resume_path = None, run_dir / "resume.pt"
     if resume_path.exists() and not args.overwrite:
@@ -550,9 +562,10 @@ if __name__ == "__main__":
         sys.exit(f"error: --num-minibatches {args.num_minibatches} does not divide num_envs x num_steps = {batch_size}: choose a divisor")
     data_dir = Path(args.data_dir or f"data/{args.env_id}")
     run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
-    for done in [run_dir / "results.json"] + [data_dir / "meta.json"] * (args.num_train_frames > 0):
-        if done.exists() and not args.overwrite:
-            sys.exit(f"error: {done.parent} already holds a finished run: add --overwrite to replace it, or choose another place")
+    unfinished = (run_dir / "resume.pt").exists()  # interrupted between the last two files, it has a dataset but no results
+    for last in [run_dir / "results.json"] + [data_dir / "meta.json"] * (args.num_train_frames > 0 and not unfinished):
+        if last.exists() and not args.overwrite:
+            sys.exit(f"error: {last.parent} already holds a finished run: add --overwrite to replace it, or choose another place")
     for split, n in (("train", args.num_train_frames), ("test", args.num_test_frames)):
         if args.num_train_frames and n < 3 * args.num_envs:
             sys.exit(f"error: --num-{split}-frames {n} is less than 3 frames (one window) for each of {args.num_envs} envs: ask for more")
@@ -596,6 +609,7 @@ if __name__ == "__main__":
     def save(**states):
         """Everything that an interrupted run goes on from."""
         progress_meta = {**done, "wall_seconds": time.time() - start_time}
+        writer.flush()
         save_checkpoint(run_dir / "resume.pt", {**meta, **progress_meta}, rng=get_rng_state(generator), agent=agent.state_dict(), **states)
         checkpointer.saved(run_dir)
 

@@ -229,7 +229,7 @@ def require(args, **minimum):
 
 
 def one_sentence(kind, error, traceback):
-    """sys.excepthook: what goes wrong with files and folders (a full disk, a read-only or deleted folder) ends in one sentence, not in a traceback."""
+    """sys.excepthook: what goes wrong with files (a full disk, a read-only or deleted folder) ends in one sentence, not in a traceback."""
     if issubclass(kind, OSError):
         where = error.filename or "a file of this run"
         print(

@@ -344,6 +344,17 @@ def require(args, **minimum):
             sys.exit(f"error: --{name.replace('_', '-')} is {value}, expected at least {least}")
 
 
+def one_sentence(kind, error, traceback):
+    """sys.excepthook: what goes wrong with files (a full disk, a read-only or deleted folder) ends in one sentence, not in a traceback."""
+    if issubclass(kind, OSError):
+        where = error.filename or "a file of this run"
+        print(
+            f"error: {where}: {error.strerror or error}; what was saved before is intact: mend that, then run the same command again", file=sys.stderr
+        )
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
 def lock_folder(folder):
     """Makes a folder if need be and locks it until this process ends; refuses, in one sentence, what another process is writing to."""
     try:
@@ -366,6 +377,7 @@ def start_run(run_dir, args):
         except ImportError:
             sys.exit("error: --track needs wandb, which is not installed: `pip install wandb`, or leave --track out")
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=vars(args), name=run_dir.name)
+    sys.excepthook = one_sentence
     lock_folder(run_dir)
     state, resume_path = None, run_dir / "resume.pt"
     if resume_path.exists() and not args.overwrite:
@@ -785,11 +797,11 @@ if __name__ == "__main__":
         if checkpointer.due() or iteration == num_iterations - 1:
             states = {name: module.state_dict() for name, module in modules.items()}
             states |= {"next_obs": next_obs, "next_done": next_done, "last_obs": last_obs, "pairs_z": pairs_z, "pairs_a": pairs_a}
+            states |= {"env": get_env_state(env), "rng": get_rng_state()}
             states |= {"episode_return": torch.tensor(episode_return), "recent_returns": torch.tensor(list(recent_returns), dtype=torch.float64)}
             progress_meta = {"iteration": iteration + 1, "decoder_ready": decoder_ready, "curve": curve, "wall_seconds": time.time() - start_time}
-            save_checkpoint(
-                run_dir / "resume.pt", {**meta, "step": global_step, **progress_meta}, env=get_env_state(env), rng=get_rng_state(), **states
-            )
+            writer.flush()
+            save_checkpoint(run_dir / "resume.pt", {**meta, "step": global_step, **progress_meta}, **states)
             save_checkpoint(run_dir / "checkpoint.pt", {**meta, "frames": global_step}, agent=agent.state_dict())
             checkpointer.saved(run_dir)
     progress.close()
