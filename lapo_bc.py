@@ -502,13 +502,14 @@ if __name__ == "__main__":
             first_update, curve, labelled = (state["meta"][k] for k in ("step", "curve", "labelled"))
 
     def save(step, labelled):
+        if step:  # the IDM travels along: decoding and fine-tuning label transitions with it
+            states = {"policy": policy.state_dict(), "idm": idm.state_dict(), "latent_mean": latent_mean, "latent_std": latent_std}
+            save_checkpoint(run_dir / "checkpoint.pt", {**meta, "updates": step}, **states)
+        # this last: a run that goes on from here writes the other file again
         states = {name: module.state_dict() for name, module in modules.items()}
         progress_meta = {"step": step, "curve": curve, "labelled": labelled, "wall_seconds": time.time() - start_time}
         writer.flush()
         save_checkpoint(run_dir / "resume.pt", {**meta, **progress_meta}, rng=get_rng_state(rng), **states)
-        if step:  # the IDM travels along: decoding and fine-tuning label transitions with it
-            states = {"policy": policy.state_dict(), "idm": idm.state_dict(), "latent_mean": latent_mean, "latent_std": latent_std}
-            save_checkpoint(run_dir / "checkpoint.pt", {**meta, "updates": step}, **states)
         checkpointer.saved(run_dir)
 
     @torch.inference_mode()

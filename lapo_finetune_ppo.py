@@ -795,6 +795,8 @@ if __name__ == "__main__":
         explained = 1 - (b_returns - b_values).var() / b_returns.var()
         writer.add_scalar("losses/explained_variance", explained.item(), global_step)
         if checkpointer.due() or iteration == num_iterations - 1:
+            # first this, then resume.pt: a run that goes on from there writes this file again
+            save_checkpoint(run_dir / "checkpoint.pt", {**meta, "frames": global_step}, agent=agent.state_dict())
             states = {name: module.state_dict() for name, module in modules.items()}
             states |= {"next_obs": next_obs, "next_done": next_done, "last_obs": last_obs, "pairs_z": pairs_z, "pairs_a": pairs_a}
             states |= {"env": get_env_state(env), "rng": get_rng_state()}
@@ -802,7 +804,6 @@ if __name__ == "__main__":
             progress_meta = {"iteration": iteration + 1, "decoder_ready": decoder_ready, "curve": curve, "wall_seconds": time.time() - start_time}
             writer.flush()
             save_checkpoint(run_dir / "resume.pt", {**meta, "step": global_step, **progress_meta}, **states)
-            save_checkpoint(run_dir / "checkpoint.pt", {**meta, "frames": global_step}, agent=agent.state_dict())
             checkpointer.saved(run_dir)
     progress.close()
     env.close()

@@ -645,10 +645,11 @@ if __name__ == "__main__":
         if checkpointer.due() or step == args.num_updates:
             states = {name: module.state_dict() for name, module in modules.items()}
             progress_meta = {"step": step, "curve": curve, "wall_seconds": time.time() - start_time}
+            # first this, then resume.pt: a run that goes on from there writes this file again
+            weights = {name: states[name] for name in ("idm", "vq", "fdm")}
+            save_checkpoint(run_dir / "checkpoint.pt", {**meta, "updates": step}, **weights)
             writer.flush()
             save_checkpoint(run_dir / "resume.pt", {**meta, **progress_meta}, rng=get_rng_state(rng), **states)
-            states.pop("optimizer")
-            save_checkpoint(run_dir / "checkpoint.pt", {**meta, "updates": step}, **states)
             checkpointer.saved(run_dir)
     if first_update == args.num_updates:  # interrupted after the last update
         out, strip, z_test = evaluate()
