@@ -22,6 +22,7 @@ import random
 import signal
 import sys
 import time
+import zipfile
 from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,6 +41,15 @@ from tqdm import tqdm
 
 FORMAT_VERSION = 1  # of checkpoints and datasets
 NOT_COMPARED = {"resume", "overwrite", "track", "wandb_project_name", "wandb_entity", "checkpoint_seconds"}  # may change when a run goes on
+SIZES = {
+    "scale",
+    "idm_scale",
+    "policy_scale",
+    "vq_num_codebooks",
+    "vq_num_slots",
+    "vq_dim",
+    "pretrain_args",
+}  # numbers in checkpoints that networks are built from
 LOCKS = []  # open files, locked as long as this process lives
 
 # Mean returns of a random policy and of the paper's expert, Procgen easy mode, all levels (paper, appendix)
@@ -344,6 +354,19 @@ def require(args, **minimum):
             sys.exit(f"error: --{name.replace('_', '-')} is {value}, expected at least {least}")
 
 
+def read_tensors(path):
+    """A file of save_checkpoint's. Runs no code from it and takes no more memory than it has bytes; raises some exception if it is something else."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+    if any(r.compress_type != zipfile.ZIP_STORED for r in records) or sum(r.file_size for r in records) > os.path.getsize(path):
+        raise ValueError("its records are compressed or overlap")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def first_line(error):
+    return (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+
+
 def one_sentence(kind, error, traceback):
     """sys.excepthook: what goes wrong with files (a full disk, a read-only or deleted folder) ends in one sentence, not in a traceback."""
     if issubclass(kind, OSError):
@@ -383,7 +406,7 @@ def start_run(run_dir, args):
     if resume_path.exists() and not args.overwrite:
         mend = "add --overwrite to start afresh, or choose another --exp-name or --seed"
         try:
-            state = torch.load(resume_path, map_location="cpu", weights_only=True)
+            state = read_tensors(resume_path)
             before, version = state["meta"]["args"], state["meta"]["format_version"]
         except Exception as e:
             sys.exit(f"error: {resume_path} cannot be read ({type(e).__name__}), so that the unfinished run in its folder cannot go on: {mend}")
@@ -411,8 +434,7 @@ def refusing_damage(path):
     try:
         yield
     except Exception as e:
-        why = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
-        sys.exit(f"error: {path} is damaged, so that the unfinished run in its folder cannot go on ({why}): start afresh with --overwrite")
+        sys.exit(f"error: {path} is damaged, so that the unfinished run in its folder cannot go on ({first_line(e)}): start afresh with --overwrite")
 
 
 class Checkpointer:
@@ -461,15 +483,18 @@ def load_checkpoint(path, stage, env_id, made_by, parts=()):
     if not Path(path).is_file():
         sys.exit(f"error: no checkpoint at {path}: make it with `{made_by}`, or name another one")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read_tensors(path)
         meta = dict(checkpoint["meta"])
     except Exception as e:
         sys.exit(f"error: {path} cannot be read as a checkpoint ({type(e).__name__}): make it again with `{made_by}`")
     for key, want in (("format_version", FORMAT_VERSION), ("stage", stage), ("env_id", env_id)):
         if meta.get(key) != want:
-            sys.exit(f"error: {path} has {key} {meta.get(key)}, expected {want}: make one with `{made_by}`")
+            sys.exit(f"error: {path} has {key} {first_line(meta.get(key))}, expected {want}: make one with `{made_by}`")
     missing = [part for part in parts if part not in checkpoint] + ["args"] * (not isinstance(meta.get("args"), dict))
     missing += [key for key in ("num_levels", "start_level") if type(meta.get(key)) is not int or not 0 <= meta[key] < 2**31]
+    for sizes in (meta.get("args"), meta.get("pretrain_args", {})):
+        sizes = sizes if isinstance(sizes, dict) else {"pretrain_args": None}
+        missing += [key for key in SIZES & sizes.keys() if type(sizes[key]) not in (int, float) or not 0 < sizes[key] < 1e6]
     if missing:
         sys.exit(f"error: {path} lacks or misstates {', '.join(missing)}: make it again with `{made_by}`")
     return checkpoint
@@ -485,7 +510,7 @@ def load_network(build, state, path, made_by):
         if wrong:
             raise ValueError(f"{wrong[0]} is not a float32 tensor")
     except Exception as e:
-        sys.exit(f"error: the weights in {path} do not fit its arguments ({str(e).splitlines()[-1].strip()}): make it again with `{made_by}`")
+        sys.exit(f"error: the weights in {path} do not fit its arguments ({first_line(e)}): make it again with `{made_by}`")
     return network
 
 
@@ -506,7 +531,7 @@ def write_aside(path, write):
     except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
         with contextlib.suppress(OSError):
             tmp.unlink(missing_ok=True)
-        why = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        why = getattr(e, "strerror", None) or first_line(e)
         sys.exit(f"error: {path} cannot be written ({why}); what was saved before is intact: make room there, then run the same command again")
 
 

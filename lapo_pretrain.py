@@ -27,6 +27,7 @@ import random
 import signal
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -257,6 +258,19 @@ def require(args, **minimum):
             sys.exit(f"error: --{name.replace('_', '-')} is {value}, expected at least {least}")
 
 
+def read_tensors(path):
+    """A file of save_checkpoint's. Runs no code from it and takes no more memory than it has bytes; raises some exception if it is something else."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+    if any(r.compress_type != zipfile.ZIP_STORED for r in records) or sum(r.file_size for r in records) > os.path.getsize(path):
+        raise ValueError("its records are compressed or overlap")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def first_line(error):
+    return (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+
+
 def one_sentence(kind, error, traceback):
     """sys.excepthook: what goes wrong with files (a full disk, a read-only or deleted folder) ends in one sentence, not in a traceback."""
     if issubclass(kind, OSError):
@@ -296,7 +310,7 @@ def start_run(run_dir, args):
     if resume_path.exists() and not args.overwrite:
         mend = "add --overwrite to start afresh, or choose another --exp-name or --seed"
         try:
-            state = torch.load(resume_path, map_location="cpu", weights_only=True)
+            state = read_tensors(resume_path)
             before, version = state["meta"]["args"], state["meta"]["format_version"]
         except Exception as e:
             sys.exit(f"error: {resume_path} cannot be read ({type(e).__name__}), so that the unfinished run in its folder cannot go on: {mend}")
@@ -324,8 +338,7 @@ def refusing_damage(path):
     try:
         yield
     except Exception as e:
-        why = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
-        sys.exit(f"error: {path} is damaged, so that the unfinished run in its folder cannot go on ({why}): start afresh with --overwrite")
+        sys.exit(f"error: {path} is damaged, so that the unfinished run in its folder cannot go on ({first_line(e)}): start afresh with --overwrite")
 
 
 class Checkpointer:
@@ -386,7 +399,7 @@ def write_aside(path, write):
     except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
         with contextlib.suppress(OSError):
             tmp.unlink(missing_ok=True)
-        why = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        why = getattr(e, "strerror", None) or first_line(e)
         sys.exit(f"error: {path} cannot be written ({why}); what was saved before is intact: make room there, then run the same command again")
 
 
@@ -403,7 +416,9 @@ def load_meta(data_dir, env_id):
         sys.exit(f"error: {data_dir}/meta.json holds no dictionary: collect the dataset again with `{command} --overwrite`")
     for key, want in (("format_version", FORMAT_VERSION), ("env_id", env_id)):
         if meta.get(key) != want:
-            sys.exit(f"error: {data_dir} has {key} {meta.get(key)}, expected {want}: make one with `{command}`, or name another with --data-dir")
+            sys.exit(
+                f"error: {data_dir} has {key} {first_line(meta.get(key))}, expected {want}: make it with `{command}`, or choose another --data-dir"
+            )
     splits = meta.get("splits") if isinstance(meta.get("splits"), dict) else {}
     sizes = {f"splits.{name}.num_frames": split.get("num_frames") for name, split in splits.items() if isinstance(split, dict)}
     found = {key: meta.get(key) for key in ("num_levels", "start_level")} | {f"splits.{s}.num_frames": None for s in ("train", "test")} | sizes
@@ -433,13 +448,21 @@ def load_array(data_dir, split, name, shape, dtype):
     path = Path(data_dir) / split / f"{name}.npy"
     try:
         array = np.lib.format.open_memmap(path, mode="r")  # refuses pickles
-    except (OSError, ValueError, EOFError) as e:
-        why = str(e).splitlines()[0]
-        sys.exit(f"error: {path} is missing or damaged ({why}): collect the dataset again with collect_expert_data.py --overwrite")
+    except Exception as e:  # NumPy's parser of headers lets many kinds through
+        sys.exit(f"error: {path} is missing or damaged ({first_line(e)}): collect the dataset again with collect_expert_data.py --overwrite")
     if array.shape != shape or array.dtype != dtype:
         found = f"{array.shape} {array.dtype}, expected {shape} {np.dtype(dtype)}"
         sys.exit(f"error: {path} holds {found}: collect the dataset again with collect_expert_data.py --overwrite")
     return array
+
+
+def load_actions(data_dir, split, meta):
+    """The true actions (N,) int8, memory-mapped, each one of 0 .. 14."""
+    actions = load_array(data_dir, split, "actions", (meta["splits"][split]["num_frames"],), np.int8)
+    if not 0 <= actions.min() <= actions.max() < 15:
+        found = f"actions from {actions.min()} to {actions.max()}, expected 0 to 14"
+        sys.exit(f"error: {data_dir}/{split}/actions.npy holds {found}: collect the dataset again with collect_expert_data.py --overwrite")
+    return actions
 
 
 def load_frames(data_dir, split, meta):
@@ -519,7 +542,7 @@ if __name__ == "__main__":
     labels = {}  # for the probe only
     for split in ("train", "test"):
         if (data_dir / split / "actions.npy").exists():
-            labels[split] = load_array(data_dir, split, "actions", (data_meta["splits"][split]["num_frames"],), np.int8)
+            labels[split] = load_actions(data_dir, split, data_meta)
 
     writer, state = start_run(run_dir, args)
 
