@@ -45,15 +45,8 @@ from tqdm import tqdm, trange
 
 FORMAT_VERSION = 1  # of checkpoints and datasets
 NOT_COMPARED = {"resume", "overwrite", "track", "wandb_project_name", "wandb_entity", "checkpoint_seconds"}  # may change when a run goes on
-SIZES = {
-    "scale",
-    "idm_scale",
-    "policy_scale",
-    "vq_num_codebooks",
-    "vq_num_slots",
-    "vq_dim",
-    "pretrain_args",
-}  # numbers in checkpoints that networks are built from
+# numbers in checkpoints that networks are built from
+SIZES = {"scale", "idm_scale", "policy_scale", "vq_num_codebooks", "vq_num_slots", "vq_dim"}
 LOCKS = []  # open files, locked as long as this process lives
 
 
@@ -333,11 +326,15 @@ def load_checkpoint(path, stage, env_id, made_by, parts=()):
     for key, want in (("format_version", FORMAT_VERSION), ("stage", stage), ("env_id", env_id)):
         if meta.get(key) != want:
             sys.exit(f"error: {path} has {key} {first_line(meta.get(key))}, expected {want}: make one with `{made_by}`")
-    missing = [part for part in parts if part not in checkpoint] + ["args"] * (not isinstance(meta.get("args"), dict))
+    missing = [part for part in parts if part not in checkpoint] + ["args"] * ("args" not in meta)
     missing += [key for key in ("num_levels", "start_level") if type(meta.get(key)) is not int or not 0 <= meta[key] < 2**31]
-    for sizes in (meta.get("args"), meta.get("pretrain_args", {})):
-        sizes = sizes if isinstance(sizes, dict) else {"pretrain_args": None}
-        missing += [key for key in SIZES & sizes.keys() if type(sizes[key]) not in (int, float) or not 0 < sizes[key] < 1e6]
+    for part in ("args", "pretrain_args"):
+        sizes = meta.get(part, {})
+        if isinstance(sizes, dict):
+            wrong = [key for key in SIZES & sizes.keys() if type(sizes[key]) not in (int, float) or not 0 < sizes[key] < 1e6]
+            missing += [f"{part}.{key}" for key in sorted(wrong)]
+        else:
+            missing.append(part)
     if missing:
         sys.exit(f"error: {path} lacks or misstates {', '.join(missing)}: make it again with `{made_by}`")
     return checkpoint
