@@ -375,7 +375,7 @@ def start_run(run_dir, args):
     elif args.resume:
         sys.exit(f"error: --resume, but {run_dir} holds no unfinished run: leave --resume out to start one")
     if not state:
-        for old in [resume_path, run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
+        for old in [resume_path, run_dir / "checkpoint.pt", run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
             old.unlink(missing_ok=True)
     writer = SummaryWriter(run_dir, purge_step=state["meta"]["step"] + 1 if state else None)  # what was logged after the state does not count
     if not state:
@@ -411,7 +411,7 @@ class Checkpointer:
         """To be called after saving; ends the process if that was asked for."""
         self.last = time.time()
         if self.stop:
-            print(f"\nstopped and saved in {run_dir}; go on with: python {' '.join(sys.argv)}")
+            print(f"\nstopped and saved in {run_dir}; go on with: python {' '.join(arg for arg in sys.argv if arg != '--overwrite')}")
             sys.exit(0)
 
 
@@ -447,6 +447,9 @@ def write_aside(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
+        folder = os.open(tmp.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name, too
+        os.close(folder)
     except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
         with contextlib.suppress(OSError):
             tmp.unlink(missing_ok=True)
@@ -496,8 +499,11 @@ def load_network(build, state, path, made_by):
 
 def checksum(path):
     """BLAKE2b of a file, read in pieces."""
+    digest = hashlib.blake2b()
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "blake2b").hexdigest()
+        while piece := f.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def allocate(path, dtype, shape):
@@ -544,6 +550,8 @@ def collect(act, env, split_dir, num_frames, progress, resumed=None, save=None):
 
     if resumed:
         first_t, start, first, episode_returns = resumed
+        for e in range(num_envs):
+            returns[e, start[e] :] = np.nan  # of episodes that end after the state was saved
     else:
         first_t, start, first, episode_returns = 0, np.zeros(num_envs, dtype=int), np.ones(num_envs, dtype=bool), []
         returns[:] = np.nan
@@ -569,6 +577,15 @@ def collect(act, env, split_dir, num_frames, progress, resumed=None, save=None):
     return np.array(episode_returns)
 
 
+def written_by(path, args):
+    """Whether a dataset's meta.json was written by a run with these arguments."""
+    try:
+        before = json.loads(path.read_text())["args"]
+        return all(before[key] == value for key, value in asdict(args).items() if key not in NOT_COMPARED)
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
 def mean_and_stderr(x):
     return float(np.mean(x)), float(np.std(x, ddof=1) / np.sqrt(len(x)))
 
@@ -584,9 +601,10 @@ if __name__ == "__main__":
         sys.exit(f"error: --num-minibatches {args.num_minibatches} does not divide num_envs x num_steps = {batch_size}: choose a divisor")
     data_dir = Path(args.data_dir or f"data/{args.env_id}")
     run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
-    unfinished = (run_dir / "resume.pt").exists()  # interrupted between the last two files, it has a dataset but no results
-    for last in [run_dir / "results.json"] + [data_dir / "meta.json"] * (args.num_train_frames > 0 and not unfinished):
-        if last.exists() and not args.overwrite:
+    for last in [run_dir / "results.json"] + [data_dir / "meta.json"] * (args.num_train_frames > 0):
+        # an unfinished run may have been interrupted after its last file but one, the dataset's meta.json
+        own = last.name == "meta.json" and (run_dir / "resume.pt").exists() and written_by(last, args)
+        if last.exists() and not own and not args.overwrite:
             sys.exit(f"error: {last.parent} already holds a finished run: add --overwrite to replace it, or choose another place")
     for split, n in (("train", args.num_train_frames), ("test", args.num_test_frames)):
         if args.num_train_frames and n < 3 * args.num_envs:
@@ -607,6 +625,8 @@ if __name__ == "__main__":
     if args.num_train_frames:
         lock_folder(data_dir)
     writer, state = start_run(run_dir, args)
+    if args.num_train_frames and not state:
+        (data_dir / "meta.json").unlink(missing_ok=True)  # no meta.json, no dataset: an interrupted one cannot pass for whole
 
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -755,7 +775,6 @@ if __name__ == "__main__":
         # Held-out levels: the lower half of all seeds for training, the upper half for testing
         restricted = (num_levels, start_level)
         levels = {"train": restricted, "test": restricted} if num_levels else {"train": (2**30, 0), "test": (2**30 - 1, 2**30)}
-        (data_dir / "meta.json").unlink(missing_ok=True)  # no meta.json, no dataset: an interrupted one cannot pass for whole
         for i, (split, num_frames) in enumerate((("train", args.num_train_frames), ("test", args.num_test_frames))):
             if split in done["splits"]:
                 continue

@@ -297,7 +297,7 @@ def start_run(run_dir, args):
     elif args.resume:
         sys.exit(f"error: --resume, but {run_dir} holds no unfinished run: leave --resume out to start one")
     if not state:
-        for old in [resume_path, run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
+        for old in [resume_path, run_dir / "checkpoint.pt", run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
             old.unlink(missing_ok=True)
     writer = SummaryWriter(run_dir, purge_step=state["meta"]["step"] + 1 if state else None)  # what was logged after the state does not count
     if not state:
@@ -333,7 +333,7 @@ class Checkpointer:
         """To be called after saving; ends the process if that was asked for."""
         self.last = time.time()
         if self.stop:
-            print(f"\nstopped and saved in {run_dir}; go on with: python {' '.join(sys.argv)}")
+            print(f"\nstopped and saved in {run_dir}; go on with: python {' '.join(arg for arg in sys.argv if arg != '--overwrite')}")
             sys.exit(0)
 
 
@@ -409,6 +409,9 @@ def write_aside(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
+        folder = os.open(tmp.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name, too
+        os.close(folder)
     except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
         with contextlib.suppress(OSError):
             tmp.unlink(missing_ok=True)
@@ -441,6 +444,15 @@ def load_meta(data_dir, env_id):
     return meta
 
 
+def checksum(path):
+    """BLAKE2b of a file, read in pieces."""
+    digest = hashlib.blake2b()
+    with open(path, "rb") as f:
+        while piece := f.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
 def verify_dataset(data_dir, meta):
     """Compares every file of a dataset with its checksum in meta.json; refuses, in one sentence, one that has changed."""
     for split, info in meta["splits"].items():
@@ -450,9 +462,8 @@ def verify_dataset(data_dir, meta):
         for name in ("frames.npy", "first.npy", "actions.npy", "rewards.npy", "returns.npy"):
             path = Path(data_dir) / split / name
             if path.exists():
-                with open(path, "rb") as f:
-                    if hashlib.file_digest(f, "blake2b").hexdigest() != checksums.get(name):
-                        sys.exit(f"error: {path} is not what its checksum in meta.json says: collect the dataset again")
+                if checksum(path) != checksums.get(name):
+                    sys.exit(f"error: {path} is not what its checksum in meta.json says: collect the dataset again")
     print(f"{data_dir}: every file is what its checksum says")
 
 

@@ -413,7 +413,7 @@ def start_run(run_dir, args):
     elif args.resume:
         sys.exit(f"error: --resume, but {run_dir} holds no unfinished run: leave --resume out to start one")
     if not state:
-        for old in [resume_path, run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
+        for old in [resume_path, run_dir / "checkpoint.pt", run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
             old.unlink(missing_ok=True)
     writer = SummaryWriter(run_dir, purge_step=state["meta"]["step"] + 1 if state else None)  # what was logged after the state does not count
     if not state:
@@ -449,7 +449,7 @@ class Checkpointer:
         """To be called after saving; ends the process if that was asked for."""
         self.last = time.time()
         if self.stop:
-            print(f"\nstopped and saved in {run_dir}; go on with: python {' '.join(sys.argv)}")
+            print(f"\nstopped and saved in {run_dir}; go on with: python {' '.join(arg for arg in sys.argv if arg != '--overwrite')}")
             sys.exit(0)
 
 
@@ -525,6 +525,9 @@ def write_aside(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
+        folder = os.open(tmp.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name, too
+        os.close(folder)
     except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
         with contextlib.suppress(OSError):
             tmp.unlink(missing_ok=True)
