@@ -324,7 +324,8 @@ def start_run(run_dir, args):
     elif args.resume:
         sys.exit(f"error: --resume, but {run_dir} holds no unfinished run: leave --resume out to start one")
     if not state:
-        for old in [resume_path, run_dir / "checkpoint.pt", run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
+        replaced = [run_dir / "checkpoint.pt"] * args.overwrite
+        for old in [*replaced, resume_path, run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
             old.unlink(missing_ok=True)
     writer = SummaryWriter(run_dir, purge_step=state["meta"]["step"] + 1 if state else None)  # what was logged after the state does not count
     if not state:
