@@ -20,12 +20,14 @@ Next:                               python lapo_pretrain.py --env-id bossfight
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import math
 import os
 import random
+import shlex
 import signal
 import sys
 import time
@@ -318,8 +320,12 @@ def read_tensors(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def first_line(error):
-    return (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+def first_line(found):
+    """What to quote of an error, or of a value in a file, in a sentence."""
+    try:
+        return " ".join(str(found).split())[:200] or type(found).__name__
+    except RecursionError:
+        return type(found).__name__
 
 
 def one_sentence(kind, error, traceback):
@@ -362,15 +368,19 @@ def start_run(run_dir, args):
         mend = "add --overwrite to start afresh, or choose another --exp-name or --seed"
         try:
             state = read_tensors(resume_path)
-            before, version = state["meta"]["args"], state["meta"]["format_version"]
+            meta = state["meta"]
+            if type(meta["format_version"]) is int and meta["format_version"] != FORMAT_VERSION:
+                found = f"format_version {meta['format_version']}, expected {FORMAT_VERSION}"
+                sys.exit(f"error: {resume_path} has {found}: finish the run with the version that began it, {mend}")
+            if not isinstance(meta["args"], dict) or type(meta["wall_seconds"]) is not float or not 0 <= int(meta["step"]) < 2**62:
+                raise ValueError("its description is damaged")
         except Exception as e:
-            sys.exit(f"error: {resume_path} cannot be read ({type(e).__name__}), so that the unfinished run in its folder cannot go on: {mend}")
-        if version != FORMAT_VERSION:
-            sys.exit(f"error: {resume_path} has format_version {version}, expected {FORMAT_VERSION}: finish it with that version, {mend}")
-        now = {k: v for k, v in asdict(args).items() if k not in NOT_COMPARED}
-        changed = [f"--{k.replace('_', '-')} {before.get(k)} (now {v})" for k, v in now.items() if before.get(k) != v]
+            sys.exit(f"error: {resume_path} cannot be read ({first_line(e)}), so that the unfinished run in its folder cannot go on: {mend}")
+        now = {key: value for key, value in asdict(args).items() if key not in NOT_COMPARED}
+        changed = [key for key, value in now.items() if repr(meta["args"].get(key)) != repr(value)]
         if changed:
-            sys.exit(f"error: {run_dir} holds an unfinished run with other arguments, {', '.join(changed)}: give the same to go on, {mend}")
+            found = ", ".join(f"--{key.replace('_', '-')} {first_line(meta['args'].get(key))} (now {now[key]})" for key in changed)
+            sys.exit(f"error: {run_dir} holds an unfinished run with other arguments, {found}: give the same to go on, {mend}")
         print(f"going on with the unfinished run in {run_dir}")
     elif args.resume:
         sys.exit(f"error: --resume, but {run_dir} holds no unfinished run: leave --resume out to start one")
@@ -378,7 +388,7 @@ def start_run(run_dir, args):
         replaced = [run_dir / "checkpoint.pt"] * args.overwrite
         for old in [*replaced, resume_path, run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
             old.unlink(missing_ok=True)
-    writer = SummaryWriter(run_dir, purge_step=state["meta"]["step"] + 1 if state else None)  # what was logged after the state does not count
+    writer = SummaryWriter(run_dir, purge_step=int(state["meta"]["step"]) + 1 if state else None)  # what was logged after the state does not count
     if not state:
         writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
     return writer, state
@@ -412,7 +422,7 @@ class Checkpointer:
         """To be called after saving; ends the process if that was asked for."""
         self.last = time.time()
         if self.stop:
-            print(f"\nstopped and saved in {run_dir}; go on with: python {' '.join(arg for arg in sys.argv if arg != '--overwrite')}")
+            print(f"\nstopped and saved in {run_dir}; go on with: python {shlex.join(arg for arg in sys.argv if arg != '--overwrite')}")
             sys.exit(0)
 
 
@@ -464,11 +474,13 @@ def load_checkpoint(path, stage, env_id, made_by, parts=()):
         sys.exit(f"error: no checkpoint at {path}: make it with `{made_by}`, or name another one")
     try:
         checkpoint = read_tensors(path)
-        meta = dict(checkpoint["meta"])
+        meta = checkpoint["meta"]
+        if not isinstance(checkpoint, dict) or not isinstance(meta, dict):
+            raise ValueError("it holds no dictionary")
     except Exception as e:
         sys.exit(f"error: {path} cannot be read as a checkpoint ({type(e).__name__}): make it again with `{made_by}`")
     for key, want in (("format_version", FORMAT_VERSION), ("stage", stage), ("env_id", env_id)):
-        if meta.get(key) != want:
+        if repr(meta.get(key)) != repr(want):
             sys.exit(f"error: {path} has {key} {first_line(meta.get(key))}, expected {want}: make one with `{made_by}`")
     missing = [part for part in parts if part not in checkpoint] + ["args"] * ("args" not in meta)
     missing += [key for key in ("num_levels", "start_level") if type(meta.get(key)) is not int or not 0 <= meta[key] < 2**31]
@@ -490,9 +502,9 @@ def load_network(build, state, path, made_by):
         with torch.device("meta"):
             network = build()
         network.load_state_dict(state, assign=True)
-        wrong = [name for name, tensor in network.state_dict().items() if tensor.dtype != torch.float32 or tensor.device.type != "cpu"]
-        if wrong:
-            raise ValueError(f"{wrong[0]} is not a float32 tensor")
+        for name, tensor in network.state_dict().items():
+            if (tensor.dtype, tensor.layout, tensor.device.type) != (torch.float32, torch.strided, "cpu"):
+                raise ValueError(f"{name} is not a float32 tensor")
     except Exception as e:
         sys.exit(f"error: the weights in {path} do not fit its arguments ({first_line(e)}): make it again with `{made_by}`")
     return network
@@ -563,7 +575,8 @@ def collect(act, env, split_dir, num_frames, progress, resumed=None, save=None):
         firsts[:, t], actions[:, t] = first, action
         for e in range(num_envs):
             # pages of a memory map would count as this process's memory; the file has its place on the disk already
-            os.pwrite(fd, obs[e], header + (e * T + t) * obs[e].nbytes)
+            if os.pwrite(fd, obs[e], header + (e * T + t) * obs[e].nbytes) < obs[e].nbytes:
+                raise OSError(errno.ENOSPC, "only part of a frame could be written", str(split_dir / "frames.npy"))
         env.act(action)
         rewards[:, t], _, first = env.observe()
         for e in np.flatnonzero(first):  # an episode ended with this reward
@@ -764,7 +777,6 @@ if __name__ == "__main__":
         done["scores"] = scores.tolist()
         save()
     mean, stderr = mean_and_stderr(done["scores"])
-    writer.add_scalar("eval/return_mean", mean, 0)
     results = {
         "stage": "collect_expert_data", "env_id": args.env_id, "seed": args.seed, "num_levels": num_levels,
         "start_level": start_level, "frames": num_iterations * batch_size, "return_mean": mean, "return_stderr": stderr,
@@ -812,6 +824,7 @@ if __name__ == "__main__":
         }  # fmt: skip
         write_aside(data_dir / "meta.json", lambda f: f.write(json.dumps(dataset_meta, indent=2).encode()))
 
+    writer.add_scalar("eval/return_mean", mean, 0)
     results["wall_seconds"] = round(time.time() - start_time, 1)
     write_aside(run_dir / "results.json", lambda f: f.write(json.dumps(results, indent=2).encode()))
     (run_dir / "resume.pt").unlink(missing_ok=True)

@@ -26,6 +26,7 @@ import math
 import mmap
 import os
 import random
+import shlex
 import signal
 import sys
 import time
@@ -178,8 +179,12 @@ def read_tensors(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def first_line(error):
-    return (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+def first_line(found):
+    """What to quote of an error, or of a value in a file, in a sentence."""
+    try:
+        return " ".join(str(found).split())[:200] or type(found).__name__
+    except RecursionError:
+        return type(found).__name__
 
 
 def one_sentence(kind, error, traceback):
@@ -222,15 +227,19 @@ def start_run(run_dir, args):
         mend = "add --overwrite to start afresh, or choose another --exp-name or --seed"
         try:
             state = read_tensors(resume_path)
-            before, version = state["meta"]["args"], state["meta"]["format_version"]
+            meta = state["meta"]
+            if type(meta["format_version"]) is int and meta["format_version"] != FORMAT_VERSION:
+                found = f"format_version {meta['format_version']}, expected {FORMAT_VERSION}"
+                sys.exit(f"error: {resume_path} has {found}: finish the run with the version that began it, {mend}")
+            if not isinstance(meta["args"], dict) or type(meta["wall_seconds"]) is not float or not 0 <= int(meta["step"]) < 2**62:
+                raise ValueError("its description is damaged")
         except Exception as e:
-            sys.exit(f"error: {resume_path} cannot be read ({type(e).__name__}), so that the unfinished run in its folder cannot go on: {mend}")
-        if version != FORMAT_VERSION:
-            sys.exit(f"error: {resume_path} has format_version {version}, expected {FORMAT_VERSION}: finish it with that version, {mend}")
-        now = {k: v for k, v in asdict(args).items() if k not in NOT_COMPARED}
-        changed = [f"--{k.replace('_', '-')} {before.get(k)} (now {v})" for k, v in now.items() if before.get(k) != v]
+            sys.exit(f"error: {resume_path} cannot be read ({first_line(e)}), so that the unfinished run in its folder cannot go on: {mend}")
+        now = {key: value for key, value in asdict(args).items() if key not in NOT_COMPARED}
+        changed = [key for key, value in now.items() if repr(meta["args"].get(key)) != repr(value)]
         if changed:
-            sys.exit(f"error: {run_dir} holds an unfinished run with other arguments, {', '.join(changed)}: give the same to go on, {mend}")
+            found = ", ".join(f"--{key.replace('_', '-')} {first_line(meta['args'].get(key))} (now {now[key]})" for key in changed)
+            sys.exit(f"error: {run_dir} holds an unfinished run with other arguments, {found}: give the same to go on, {mend}")
         print(f"going on with the unfinished run in {run_dir}")
     elif args.resume:
         sys.exit(f"error: --resume, but {run_dir} holds no unfinished run: leave --resume out to start one")
@@ -238,7 +247,7 @@ def start_run(run_dir, args):
         replaced = [run_dir / "checkpoint.pt"] * args.overwrite
         for old in [*replaced, resume_path, run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
             old.unlink(missing_ok=True)
-    writer = SummaryWriter(run_dir, purge_step=state["meta"]["step"] + 1 if state else None)  # what was logged after the state does not count
+    writer = SummaryWriter(run_dir, purge_step=int(state["meta"]["step"]) + 1 if state else None)  # what was logged after the state does not count
     if not state:
         writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
     return writer, state
@@ -272,7 +281,7 @@ class Checkpointer:
         """To be called after saving; ends the process if that was asked for."""
         self.last = time.time()
         if self.stop:
-            print(f"\nstopped and saved in {run_dir}; go on with: python {' '.join(arg for arg in sys.argv if arg != '--overwrite')}")
+            print(f"\nstopped and saved in {run_dir}; go on with: python {shlex.join(arg for arg in sys.argv if arg != '--overwrite')}")
             sys.exit(0)
 
 
@@ -324,11 +333,13 @@ def load_checkpoint(path, stage, env_id, made_by, parts=()):
         sys.exit(f"error: no checkpoint at {path}: make it with `{made_by}`, or name another one")
     try:
         checkpoint = read_tensors(path)
-        meta = dict(checkpoint["meta"])
+        meta = checkpoint["meta"]
+        if not isinstance(checkpoint, dict) or not isinstance(meta, dict):
+            raise ValueError("it holds no dictionary")
     except Exception as e:
         sys.exit(f"error: {path} cannot be read as a checkpoint ({type(e).__name__}): make it again with `{made_by}`")
     for key, want in (("format_version", FORMAT_VERSION), ("stage", stage), ("env_id", env_id)):
-        if meta.get(key) != want:
+        if repr(meta.get(key)) != repr(want):
             sys.exit(f"error: {path} has {key} {first_line(meta.get(key))}, expected {want}: make one with `{made_by}`")
     missing = [part for part in parts if part not in checkpoint] + ["args"] * ("args" not in meta)
     missing += [key for key in ("num_levels", "start_level") if type(meta.get(key)) is not int or not 0 <= meta[key] < 2**31]
@@ -350,9 +361,9 @@ def load_network(build, state, path, made_by):
         with torch.device("meta"):
             network = build()
         network.load_state_dict(state, assign=True)
-        wrong = [name for name, tensor in network.state_dict().items() if tensor.dtype != torch.float32 or tensor.device.type != "cpu"]
-        if wrong:
-            raise ValueError(f"{wrong[0]} is not a float32 tensor")
+        for name, tensor in network.state_dict().items():
+            if (tensor.dtype, tensor.layout, tensor.device.type) != (torch.float32, torch.strided, "cpu"):
+                raise ValueError(f"{name} is not a float32 tensor")
     except Exception as e:
         sys.exit(f"error: the weights in {path} do not fit its arguments ({first_line(e)}): make it again with `{made_by}`")
     return network
@@ -375,9 +386,10 @@ def load_meta(data_dir, env_id):
                 f"error: {data_dir} has {key} {first_line(meta.get(key))}, expected {want}: make it with `{command}`, or choose another --data-dir"
             )
     splits = meta.get("splits") if isinstance(meta.get("splits"), dict) else {}
-    sizes = {f"splits.{name}.num_frames": split.get("num_frames") for name, split in splits.items() if isinstance(split, dict)}
-    found = {key: meta.get(key) for key in ("num_levels", "start_level")} | {f"splits.{s}.num_frames": None for s in ("train", "test")} | sizes
-    wrong = [key for key, value in found.items() if type(value) is not int or value < (3 if key.startswith("splits") else 0)]
+    sizes = {split: splits[split].get("num_frames") if isinstance(splits.get(split), dict) else None for split in ("train", "test")}
+    found = {key: meta.get(key) for key in ("num_levels", "start_level")} | {f"splits.{split}.num_frames": n for split, n in sizes.items()}
+    wrong = [key for key, value in found.items() if type(value) is not int or not (3 if "frames" in key else 0) <= value < 2**40]
+    wrong += [key for key in ("num_levels", "start_level") if key not in wrong and meta[key] >= 2**31]
     if wrong:
         sys.exit(f"error: {data_dir}/meta.json lacks or misstates {', '.join(wrong)}: collect the dataset again with `{command} --overwrite`")
     return meta
@@ -394,8 +406,8 @@ def checksum(path):
 
 def verify_dataset(data_dir, meta):
     """Compares every file of a dataset with its checksum in meta.json; refuses, in one sentence, one that has changed."""
-    for split, info in meta["splits"].items():
-        checksums = info.get("checksums")
+    for split in ("train", "test"):
+        checksums = meta["splits"][split].get("checksums")
         if not isinstance(checksums, dict):
             sys.exit(f"error: {data_dir}/meta.json holds no checksums for --verify: leave that out, or collect the dataset again")
         for name in ("frames.npy", "first.npy", "actions.npy", "rewards.npy", "returns.npy"):
@@ -413,8 +425,8 @@ def load_array(data_dir, split, name, shape, dtype):
         array = np.lib.format.open_memmap(path, mode="r")  # refuses pickles
     except Exception as e:  # NumPy's parser of headers lets many kinds through
         sys.exit(f"error: {path} is missing or damaged ({first_line(e)}): collect the dataset again with collect_expert_data.py --overwrite")
-    if array.shape != shape or array.dtype != dtype:
-        found = f"{array.shape} {array.dtype}, expected {shape} {np.dtype(dtype)}"
+    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous or path.stat().st_size != array.offset + array.nbytes:
+        found = f"{array.shape} {array.dtype} in {path.stat().st_size} bytes, expected {shape} {np.dtype(dtype)} and nothing else"
         sys.exit(f"error: {path} holds {found}: collect the dataset again with collect_expert_data.py --overwrite")
     return array
 
@@ -590,8 +602,9 @@ if __name__ == "__main__":
         loss = F.mse_loss(z, torch.from_numpy(train_z[i]).to(device))
         optimizer.zero_grad()
         loss.backward()
-        if not torch.isfinite(loss):
-            refuse_bad_numbers(run_dir, update, train_t[i], {"loss": loss.item()})
+        grad_norm = nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])
+        if not torch.isfinite(grad_norm + loss.detach()):
+            refuse_bad_numbers(run_dir, update, train_t[i], {"loss": loss.item(), "gradient norm": grad_norm.item()})
         optimizer.step()
 
         step = update + 1
