@@ -189,7 +189,8 @@ def test_sigterm_ends_with_the_command_to_go_on(pipeline, tmp_path, capsys, stag
         run(cwd, stage, *flags, "--overwrite", patch=kill_after_first_save)
     assert not caught.value.code
     (command,) = re.findall(r"go on with: python (.*)", capsys.readouterr().out)
-    assert shlex.split(command) == [f"{stage}.py", *flags]
+    script, *rest = shlex.split(command)
+    assert Path(script).name == f"{stage}.py" and rest == flags
     step = torch.load(cwd / "my runs" / run_dir(stage).name / "resume.pt", weights_only=True)["meta"]["step"]
     assert run(cwd, stage, *shlex.split(command)[1:], stop_after=1)
     assert "going on with the unfinished run" in capsys.readouterr().out
