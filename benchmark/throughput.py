@@ -153,14 +153,6 @@ def measure_peaks():
     return best
 
 
-def keep_freed_memory(keep):
-    """glibc's malloc: whether large freed blocks stay with the process (no page faults when they are used again) or go back as by default."""
-    if sys.platform == "linux" and device.type == "cpu":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**31 - 1 if keep else 2**25)  # M_MMAP_THRESHOLD: the default rises to this
-        libc.mallopt(-1, 2**31 - 1 if keep else 2**26)  # M_TRIM_THRESHOLD
-
-
 class Windows(Dataset):
     """The obvious Dataset: window i as float (9, 64, 64)."""
 
@@ -198,7 +190,7 @@ def make_plain(*modules):
 
 
 def pretrain_step(
-    s, frames, ts, losses=None, seed=0, bf16=False, channels_last=False, constant_map=False, gather=False, fused=False, inplace=False, keep=False,
+    s, frames, ts, losses=None, seed=0, bf16=False, channels_last=False, constant_map=False, gather=False, fused=False, inplace=False,
     compiled=False,
 ):  # fmt: skip
     """A function that does one update of lapo_pretrain.py; its FDM loss goes to the list `losses`."""
@@ -220,7 +212,6 @@ def pretrain_step(
     loader = iter(endless(DataLoader(Windows(frames, ts), s.batch, shuffle=True, drop_last=True)))
 
     def step():
-        keep_freed_memory(keep)
         windows = pretrain.get_windows(frames, ts[rng.integers(len(ts), size=s.batch)], device) if gather else next(loader)[0].to(device)
         if channels_last:
             windows = windows.contiguous(memory_format=torch.channels_last)
@@ -517,7 +508,6 @@ if __name__ == "__main__":
                 "+ windows by one strided copy": {"gather": True},
                 "+ fused Adam": {"fused": True},
                 "+ in-place ReLU and sum (= lapo_pretrain.py)": {"inplace": True},
-                "? freed memory kept (mallopt)": {"keep": True},
                 **compile_row,
             }
             for name, s in SHAPES.items():
