@@ -46,7 +46,7 @@ STAGES = ("pretrain", "load", "clone", "ppo", "finetune", "env")
 SHAPES = {
     "paper": SimpleNamespace(idm_scale=4, fdm_width=24, latents=128, batch=128, policy_scale=4, clone_batch=128),
     "quickstart": SimpleNamespace(idm_scale=1, fdm_width=8, latents=32, batch=32, policy_scale=0.5, clone_batch=64),
-    "quickstart, batch 128, 128 latents": SimpleNamespace(idm_scale=1, fdm_width=8, latents=128, batch=128),
+    "quickstart-128": SimpleNamespace(idm_scale=1, fdm_width=8, latents=128, batch=128),
 }
 
 
@@ -54,6 +54,8 @@ SHAPES = {
 class Args:
     stages: tuple[str, ...] = STAGES
     """what to measure, of pretrain, load, clone, ppo, finetune, env"""
+    shapes: tuple[str, ...] = tuple(SHAPES)
+    """shapes for pretraining and cloning"""
     rounds: int = 5
     """turns of every variant; its rate is the median over them"""
     seconds: float = 2.0
@@ -153,14 +155,6 @@ def measure_peaks():
     return best
 
 
-def keep_freed_memory(keep):
-    """glibc's malloc: whether large freed blocks stay with the process (no page faults when they are used again) or go back as by default."""
-    if sys.platform == "linux" and device.type == "cpu":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**31 - 1 if keep else 2**25)  # M_MMAP_THRESHOLD: the default rises to this
-        libc.mallopt(-1, 2**31 - 1 if keep else 2**26)  # M_TRIM_THRESHOLD
-
-
 class Windows(Dataset):
     """The obvious Dataset: window i as float (9, 64, 64)."""
 
@@ -198,7 +192,7 @@ def make_plain(*modules):
 
 
 def pretrain_step(
-    s, frames, ts, losses=None, seed=0, bf16=False, channels_last=False, constant_map=False, gather=False, fused=False, inplace=False, keep=False,
+    s, frames, ts, losses=None, seed=0, bf16=False, channels_last=False, constant_map=False, gather=False, fused=False, inplace=False,
     compiled=False,
 ):  # fmt: skip
     """A function that does one update of lapo_pretrain.py; its FDM loss goes to the list `losses`."""
@@ -220,7 +214,6 @@ def pretrain_step(
     loader = iter(endless(DataLoader(Windows(frames, ts), s.batch, shuffle=True, drop_last=True)))
 
     def step():
-        keep_freed_memory(keep)
         windows = pretrain.get_windows(frames, ts[rng.integers(len(ts), size=s.batch)], device) if gather else next(loader)[0].to(device)
         if channels_last:
             windows = windows.contiguous(memory_format=torch.channels_last)
@@ -485,8 +478,9 @@ def cumulative(build, *shared, options):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    if unknown := set(args.stages) - set(STAGES):
-        sys.exit(f"error: --stages {' '.join(unknown)} is unknown: choose of {', '.join(STAGES)}")
+    for flag, given, known in (("stages", args.stages, STAGES), ("shapes", args.shapes, SHAPES)):
+        if unknown := set(given) - set(known):
+            sys.exit(f"error: --{flag} {' '.join(unknown)} is unknown: choose of {', '.join(known)}")
     if device.type == "cuda":
         device_name, slug = torch.cuda.get_device_name(), torch.cuda.get_device_name().lower().replace(" ", "-")
     else:
@@ -500,7 +494,19 @@ if __name__ == "__main__":
     print("matrix product's peak, GFLOP/s: " + ", ".join(f"{dtype} {peak:.0f}" for dtype, peak in peaks.items()))
     compile_row = {"? torch.compile": {"compiled": True}} if args.compile else {}
 
-    rows = []
+    def save(rows):
+        """Writes the rows of a stage as soon as they are there; other rows in the file stay."""
+        old = json.loads(out.read_text())["rows"] if out.exists() else []
+        fresh = {(row["stage"], row["shapes"]) for row in rows}
+        rows = [row for row in old if (row["stage"], row.get("shapes")) not in fresh] + [{**row, "commit": commit} for row in rows]
+        rows.sort(key=lambda row: (STAGES.index(row["stage"]), [*SHAPES, row["shapes"]].index(row["shapes"])))
+        results = {
+            "device": device_name, "torch": torch.__version__, "commit": commit, "cores": os.cpu_count(), "rounds": args.rounds,
+            "peak_gflops": {dtype: round(peak, 1) for dtype, peak in peaks.items()}, "rows": rows,
+        }  # fmt: skip
+        out.parent.mkdir(exist_ok=True)
+        out.write_text(json.dumps(results, indent=1))
+
     with tempfile.TemporaryDirectory() as folder:
         frames = np.lib.format.open_memmap(f"{folder}/frames.npy", "w+", np.uint8, (args.num_frames, 64, 64, 3))
         for i in range(0, args.num_frames, 4096):
@@ -517,11 +523,10 @@ if __name__ == "__main__":
                 "+ windows by one strided copy": {"gather": True},
                 "+ fused Adam": {"fused": True},
                 "+ in-place ReLU and sum (= lapo_pretrain.py)": {"inplace": True},
-                "? freed memory kept (mallopt)": {"keep": True},
                 **compile_row,
             }
-            for name, s in SHAPES.items():
-                rows += alternate("pretrain", name, "samples/s", cumulative(pretrain_step, s, frames, ts, options=options))
+            for name in args.shapes:
+                save(alternate("pretrain", name, "samples/s", cumulative(pretrain_step, SHAPES[name], frames, ts, options=options)))
         if "load" in args.stages:
             rng = np.random.default_rng(0)
             triples = np.lib.stride_tricks.as_strided(frames, (len(frames) - 2, 3, 64, 64, 3), (frames.strides[0], *frames.strides))
@@ -536,7 +541,7 @@ if __name__ == "__main__":
                     variants[f"DataLoader, {workers} workers"] = (load(n, lambda t, loader=loader: next(loader)), None, None)
                 variants["float windows (= get_windows)"] = (load(n, lambda t: pretrain.get_windows(frames, t, device)), None, None)
                 variants["of which the copy from the file, uint8"] = (load(n, lambda t: triples[t - 1]), None, None)
-                rows += alternate("load", f"windows, batch {n}", "samples/s", variants)
+                save(alternate("load", f"windows, batch {n}", "samples/s", variants))
         if "clone" in args.stages:
             options = {
                 "plain: fp32, eager, contiguous, IDM at every update, DataLoader": {},
@@ -547,8 +552,8 @@ if __name__ == "__main__":
                 "+ fused Adam": {"fused": True},
                 "+ in-place ReLU and sum (= lapo_bc.py)": {"inplace": True},
             }
-            for name in ("paper", "quickstart"):
-                rows += alternate("clone", name, "samples/s", cumulative(clone_step, SHAPES[name], frames, ts, options=options))
+            for name in set(args.shapes) & {"paper", "quickstart"}:
+                save(alternate("clone", name, "samples/s", cumulative(clone_step, SHAPES[name], frames, ts, options=options)))
     if "ppo" in args.stages:
         options = {
             "plain: CleanRL's, fp32, contiguous": {},
@@ -560,7 +565,7 @@ if __name__ == "__main__":
             "+ in-place ReLU and sum (= collect_expert_data.py)": {"inplace": True},
         }
         s = SimpleNamespace(env_id=args.env_id, num_levels=0, scale=1.0, num_steps=32, num_minibatches=1)
-        rows += alternate("ppo", "IMPALA x1, minibatches of 2048, 3 epochs", "frames/s", cumulative(ppo_step, s, options=options))
+        save(alternate("ppo", "IMPALA x1, minibatches of 2048, 3 epochs", "frames/s", cumulative(ppo_step, s, options=options)))
     if "finetune" in args.stages:
         options = {
             "plain: CleanRL's, fp32, contiguous": {},
@@ -570,23 +575,12 @@ if __name__ == "__main__":
             "+ fused Adam": {"fused": True},
             "+ in-place ReLU and sum (= lapo_finetune_ppo.py)": {"inplace": True},
         }
-        rows += alternate("finetune", "policy x4, minibatches of 512, 3 epochs", "frames/s", cumulative(finetune_step, 8, options=options))
+        save(alternate("finetune", "policy x4, minibatches of 512, 3 epochs", "frames/s", cumulative(finetune_step, 8, options=options)))
     if "env" in args.stages:
         variants = {
             "ProcgenEnv, a dictionary per game": (env_step(False), None, None),
             "ProcgenGym3Env (= the scripts)": (env_step(True), None, None),
         }
-        rows += alternate("env", f"64 games of {args.env_id}", "frames/s", variants)
+        save(alternate("env", f"64 games of {args.env_id}", "frames/s", variants))
 
-    old = json.loads(out.read_text())["rows"] if out.exists() else []
-    for row in rows:
-        row["commit"] = commit
-    rows = [row for row in old if row["stage"] not in args.stages] + rows
-    rows.sort(key=lambda row: STAGES.index(row["stage"]))
-    results = {
-        "device": device_name, "torch": torch.__version__, "commit": commit, "cores": os.cpu_count(), "rounds": args.rounds,
-        "peak_gflops": {dtype: round(peak, 1) for dtype, peak in peaks.items()}, "rows": rows,
-    }  # fmt: skip
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(results, indent=1))
     print(f"\nwrote {out}")

@@ -228,11 +228,11 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path):
 def test_throughput_benchmark_runs(tmp_path):
     """benchmark/throughput.py measures, prints and writes its rows; rows of stages that were not measured stay."""
     out = tmp_path / "t.json"
-    out.write_text(json.dumps({"rows": [{"stage": "clone", "rate": 7}]}))
+    out.write_text(json.dumps({"rows": [{"stage": "clone", "shapes": "paper", "rate": 7}]}))
     flags = "--rounds 1 --seconds 0.01 --num-frames 256 --stages env load".split()
     done = subprocess.run([sys.executable, ROOT / "benchmark" / "throughput.py", *flags, "--out", out], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]
     assert [row["stage"] for row in rows] == ["load"] * 8 + ["clone"] + ["env"] * 2
-    assert rows[8] == {"stage": "clone", "rate": 7}
+    assert rows[8] == {"stage": "clone", "shapes": "paper", "rate": 7}
     assert all(row["rate"] > 0 and row["ratio_to_plain"] > 0 for row in rows if row["stage"] != "clone")
