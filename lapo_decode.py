@@ -487,8 +487,9 @@ def load_array(data_dir, split, name, shape, dtype):
         array = np.lib.format.open_memmap(path, mode="r")  # refuses pickles
     except Exception as e:  # NumPy's parser of headers lets many kinds through
         sys.exit(f"error: {path} is missing or damaged ({first_line(e)}): collect the dataset again with collect_expert_data.py --overwrite")
-    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous or path.stat().st_size != array.offset + array.nbytes:
-        found = f"{array.shape} {array.dtype} in {path.stat().st_size} bytes, expected {shape} {np.dtype(dtype)} and nothing else"
+    size = array.offset + array.nbytes
+    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous or path.stat().st_size != size:
+        found = f"{array.shape} {array.dtype}, expected {shape} {np.dtype(dtype)}, in C order and in {size} bytes"
         sys.exit(f"error: {path} holds {found}: collect the dataset again with collect_expert_data.py --overwrite")
     return array
 
