@@ -1,10 +1,13 @@
 """Shared by the tests: the five scripts as modules, toy-size flags, ways to run a script, and one toy run of the whole pipeline."""
 
+import gc
 import hashlib
 import importlib
+import io
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -88,13 +91,20 @@ def start(stage, *flags, cwd):
 
 
 def inline(monkeypatch, cwd, stage, *flags):
-    """Runs a script in this process, which saves the seconds of importing torch. Returns its globals."""
+    """Runs a script in this process, which saves the seconds of importing torch. Returns its globals. Signals and locks are as before."""
     monkeypatch.chdir(cwd)
     monkeypatch.setattr(sys, "argv", [f"{stage}.py", *map(str, flags)])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return runpy.run_path(str(ROOT / f"{stage}.py"), run_name="__main__")
     finally:
         torch.backends.cudnn.deterministic = False
+        sys.excepthook = sys.__excepthook__
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for file in gc.get_objects():
+            if isinstance(file, io.TextIOWrapper) and str(file.name).endswith(".lock"):
+                file.close()
 
 
 @pytest.fixture(scope="session")

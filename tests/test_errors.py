@@ -207,8 +207,7 @@ def test_interrupted_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     before = path.read_bytes()
 
     def half(value, target):
-        with open(target, "wb") as f:
-            f.write(b"half")
+        target.write(b"half")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
