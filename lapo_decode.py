@@ -57,7 +57,7 @@ class Args:
     cuda: bool = True
     """if toggled, cuda is used when there is one"""
     bf16: bool = True
-    """run the IMPALA-CNNs' forward pass in bfloat16 (faster on GPUs, and on CPUs that know it; parameters and loss stay float32)"""
+    """run the IMPALA-CNNs' forward pass in bfloat16 (faster where the processor knows it; parameters and loss stay float32)"""
     track: bool = False
     """if toggled, this experiment is also tracked with Weights and Biases (`pip install wandb`)"""
     wandb_project_name: str = "lapo"

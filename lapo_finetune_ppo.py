@@ -57,7 +57,7 @@ class Args:
     cuda: bool = True
     """if toggled, cuda is used when there is one"""
     bf16: bool = True
-    """run the convolutions in bfloat16 (faster on GPUs, and on CPUs that know it; parameters, linear layers and losses stay float32)"""
+    """run the convolutions in bfloat16 (faster where the processor knows it; parameters, linear layers and losses stay float32)"""
     track: bool = False
     """if toggled, this experiment is also tracked with Weights and Biases (`pip install wandb`)"""
     wandb_project_name: str = "lapo"
