@@ -103,7 +103,7 @@ def inline(monkeypatch, cwd, stage, *flags):
         for number, handler in handlers.items():
             signal.signal(number, handler)
         for file in gc.get_objects():
-            if isinstance(file, io.TextIOWrapper) and str(getattr(file, "name", "")).endswith(".lock"):
+            if type(file) is io.TextIOWrapper and str(getattr(file, "name", "")).endswith(".lock"):
                 file.close()
 
 
