@@ -1,6 +1,7 @@
 """Shared by the tests: the five scripts as modules, toy-size flags, ways to run a script, and one toy run of the whole pipeline."""
 
-import gc
+import contextlib
+import fcntl
 import hashlib
 import importlib
 import io
@@ -91,20 +92,32 @@ def start(stage, *flags, cwd):
 
 
 def inline(monkeypatch, cwd, stage, *flags):
-    """Runs a script in this process, which saves the seconds of importing torch. Returns its globals. Signals and locks are as before."""
+    """Runs a script in this process, which saves the seconds of importing torch. Returns its globals.
+
+    As with a process of its own, its locks and signal handlers end with it, and an OSError becomes the sentence that its sys.excepthook prints.
+    """
+    handlers, locks, flock = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, [], fcntl.flock
+
+    def locking(file, operation):
+        locks.append(file)
+        flock(file, operation)
+
     monkeypatch.chdir(cwd)
     monkeypatch.setattr(sys, "argv", [f"{stage}.py", *map(str, flags)])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(fcntl, "flock", locking)
     try:
         return runpy.run_path(str(ROOT / f"{stage}.py"), run_name="__main__")
+    except OSError as e:
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+            sys.excepthook(type(e), e, e.__traceback__)
+        sys.exit(stderr.getvalue().removesuffix("\n"))
     finally:
         torch.backends.cudnn.deterministic = False
         sys.excepthook = sys.__excepthook__
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for file in gc.get_objects():
-            if type(file) is io.TextIOWrapper and str(getattr(file, "name", "")).endswith(".lock"):
-                file.close()
+        for lock in locks:
+            lock.close()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import io
 import itertools
 import json
 import os
@@ -50,13 +49,11 @@ def inputs(pipeline, folder, name):
 
 
 def run(cwd, stage, *flags, stop_after=None, stop_at="resume.pt", patch=None):
-    """Runs a script in this process, as a process of its own: its locks and signal handlers end with it. True if it was stopped.
+    """Runs a script in this process. True if it was stopped: as by a kill, right after `stop_at` has been written for the `stop_after`th time.
 
-    It is stopped, as by a kill, right after the file `stop_at` has been written for the `stop_after`th time. patch(monkeypatch) prepares more.
-    What the scripts leave to sys.excepthook, a sentence about a file, counts as an exit with it.
+    patch(monkeypatch) prepares more.
     """
-    handlers, locks, count = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}, [], 0
-    os_replace, flock = os.replace, fcntl.flock
+    count, os_replace = 0, os.replace
 
     def replacing(source, target):
         nonlocal count
@@ -65,29 +62,14 @@ def run(cwd, stage, *flags, stop_after=None, stop_at="resume.pt", patch=None):
         if Path(target).name == stop_at and count == stop_after:
             raise KeyboardInterrupt
 
-    def locking(file, operation):
-        locks.append(file)
-        flock(file, operation)
-
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(os, "replace", replacing)
-        monkeypatch.setattr(fcntl, "flock", locking)
         if patch:
             patch(monkeypatch)
         try:
             inline(monkeypatch, cwd, stage, *flags)
         except KeyboardInterrupt:
             return True
-        except OSError as e:
-            with contextlib.redirect_stderr(io.StringIO()) as stderr:
-                sys.excepthook(type(e), e, e.__traceback__)
-            sys.exit(stderr.getvalue().removesuffix("\n"))
-        finally:
-            sys.excepthook = sys.__excepthook__
-            for lock in locks:
-                lock.close()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
     return False
 
 
