@@ -287,6 +287,37 @@ def test_run_goes_on_after_a_full_disk(pipeline, tmp_path):
     assert_same_run(cwd, pipeline.cwd, "lapo_pretrain")
 
 
+@pytest.fixture
+def tmpfs(tmp_path):
+    """A small file system in memory, at a folder of its own."""
+    folder = tmp_path / "tmpfs"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("this process may not mount a file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_disk_that_fills_up(pipeline, tmp_path, tmpfs, stage):
+    """On a file system without any room left: one sentence, what was saved is intact; with room again, the run ends as if nothing had been."""
+    cwd = inputs(pipeline, tmp_path / "work", stage)
+    (tmpfs / run_dir(stage).name).mkdir()
+    (cwd / "runs").mkdir(exist_ok=True)
+    (cwd / run_dir(stage)).symlink_to(tmpfs / run_dir(stage).name)
+    assert run(cwd, stage, *TOY[stage], *NOW, stop_after=2)
+    age_events(cwd / run_dir(stage), 0)
+    before = {path.name: path.read_bytes() for path in (cwd / run_dir(stage)).glob("*.pt")}
+    free = os.statvfs(tmpfs)
+    (tmpfs / "ballast").write_bytes(bytes(free.f_bavail * free.f_bsize))
+    assert "No space left" in refused(cwd, stage, *TOY[stage], *NOW)
+    assert {path.name: path.read_bytes() for path in (cwd / run_dir(stage)).glob("*.pt")} == before
+    (tmpfs / "ballast").unlink()
+    age_events(cwd / run_dir(stage), 1)
+    assert not run(cwd, stage, *TOY[stage], *NOW)
+    assert_same_run(cwd, pipeline.cwd, stage)
+
+
 @pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync"])
 def test_full_disk_while_collecting(work, call):
     """A disk without room for the dataset is one sentence, at once or while writing, and there is no meta.json afterwards."""
