@@ -25,6 +25,7 @@ import random
 import shlex
 import signal
 import sys
+import threading
 import time
 import zipfile
 from dataclasses import asdict, dataclass
@@ -283,6 +284,8 @@ def start_run(run_dir, args):
             sys.exit("error: --track needs wandb, which is not installed: `pip install wandb`, or leave --track out")
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=vars(args), name=run_dir.name)
     sys.excepthook = one_sentence
+    # what stops the log writer's thread is raised again where something is logged
+    threading.excepthook = lambda e: None if issubclass(e.exc_type, OSError) else threading.__excepthook__(e)
     lock_folder(run_dir)
     state, resume_path = None, run_dir / "resume.pt"
     if resume_path.exists() and not args.overwrite:

@@ -42,7 +42,7 @@ FINETUNE = (
 )
 # run name -> flags; {collect_expert_data} and the like are the folders of the uninterrupted runs before it
 FLAGS = {
-    "collect_expert_data": "--num-levels 16 --total-timesteps 4096 --num-envs 16 --num-steps 32 --scale 0.25 --num-train-frames 2000 "
+    "collect_expert_data": "--num-levels 16 --total-timesteps 4096 --num-envs 16 --num-steps 32 --scale 0.25 --num-train-frames 8000 "
     "--num-test-frames 400 --eval-episodes 8",
     "lapo_pretrain": "--data-dir {collect_expert_data}/data --num-updates 60 --batch-size 16 --idm-scale 0.25 --fdm-width 4 --vq-dim 2 "
     "--eval-every 10 --eval-windows 64",

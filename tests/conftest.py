@@ -11,6 +11,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,7 +97,8 @@ def inline(monkeypatch, cwd, stage, *flags):
 
     As with a process of its own, its locks and signal handlers end with it, and an OSError becomes the sentence that its sys.excepthook prints.
     """
-    handlers, locks, flock = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, [], fcntl.flock
+    handlers, locks = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, []
+    flock, thread_hook = fcntl.flock, threading.excepthook
 
     def locking(file, operation):
         locks.append(file)
@@ -113,7 +115,7 @@ def inline(monkeypatch, cwd, stage, *flags):
         sys.exit(stderr.getvalue().removesuffix("\n"))
     finally:
         torch.backends.cudnn.deterministic = False
-        sys.excepthook = sys.__excepthook__
+        sys.excepthook, threading.excepthook = sys.__excepthook__, thread_hook
         for number, handler in handlers.items():
             signal.signal(number, handler)
         for lock in locks:

@@ -298,6 +298,7 @@ def tmpfs(tmp_path):
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("stage", STAGES)
 def test_disk_that_fills_up(pipeline, tmp_path, tmpfs, stage):
     """On a file system without any room left: one sentence, what was saved is intact; with room again, the run ends as if nothing had been."""
