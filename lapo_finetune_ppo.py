@@ -18,15 +18,18 @@ import contextlib
 import fcntl
 import json
 import os
+import platform
 import random
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
 import zipfile
 from collections import deque
 from dataclasses import asdict, dataclass
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import numpy as np
@@ -633,6 +636,26 @@ def num_latents(pretrain_args):
     return pretrain_args["vq_num_codebooks"] * pretrain_args["vq_num_slots"] * pretrain_args["vq_dim"]
 
 
+def provenance(args, device):
+    """What a result rests on, for results.json: arguments, command, git commit of this script's folder, device and versions."""
+    name = platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif Path("/proc/cpuinfo").exists():
+        name = next((line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), name)
+    try:
+        git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git here
+        commit = None
+    packages = {"torch": "torch", "numpy": "numpy", "procgen": packages_distributions()["procgen"][0]}  # a mirror, maybe
+    versions = {"python": platform.python_version(), **{name: version(package) for name, package in packages.items()}}
+    return {
+        "device": str(device), "device_name": name, "threads": torch.get_num_threads(), "commit": commit, "versions": versions,
+        "command": "python " + shlex.join(sys.argv), "args": asdict(args),
+    }  # fmt: skip
+
+
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if args.env_id not in ENV_NAMES:
@@ -680,6 +703,7 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    origin = provenance(args, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     start_time = time.time() - (state["meta"]["wall_seconds"] if state else 0)
 
@@ -880,9 +904,9 @@ if __name__ == "__main__":
     results = {
         "stage": "lapo_finetune_ppo", "method": exp_name, "env_id": args.env_id, "seed": args.seed, "num_levels": num_levels,
         "start_level": start_level, "frames": frames, "return_mean": mean, "return_stderr": stderr,
-        "episodes": args.eval_episodes, "random_mean": float(random_mean), "relative_return": relative_return,
+        "episodes": args.eval_episodes, "returns": scores.tolist(), "random_mean": float(random_mean), "relative_return": relative_return,
         "relative_to_demonstrator": relative_to_demonstrator, "curve": curve, "wall_seconds": round(wall, 1),
-        "device": str(device), "torch": torch.__version__, "command": "python " + " ".join(sys.argv), "args": asdict(args),
+        "frames_per_second": round(frames / wall, 1), **origin,
     }  # fmt: skip
     write_aside(run_dir / "results.json", lambda f: f.write(json.dumps(results, indent=2).encode()))
     (run_dir / "resume.pt").unlink(missing_ok=True)

@@ -13,7 +13,7 @@ try:
 except ImportError:  # Python 3.10, where pytest brings its ancestor
     import tomli as tomllib
 
-PACKAGES = {"procgen": "procgen-mirror", "PIL": "pillow"}  # import name -> distribution, where they differ
+PACKAGES = {"procgen": "procgen-mirror", "PIL": "pillow", "sklearn": "scikit-learn"}  # import name -> distribution, where they differ
 OPTIONAL = {"wandb", "imageio"}  # asked for by a flag, and procgen's own dependency
 
 
