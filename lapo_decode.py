@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10,<3.13"
-# dependencies = ["torch==2.13.0", "procgen-mirror==0.10.7", "gym==0.26.2", "numpy<2", "tyro", "tensorboard", "tqdm"]
+# dependencies = ["torch==2.13.0", "procgen-mirror==0.10.7", "gym==0.26.2", "numpy<2", "tyro", "tensorboard", "tqdm", "scikit-learn>=1.7"]
 # ///
 """LAPO, stage 4 of 5, offline: a handful of action labels turns the latent policy into one that plays (paper section 6.4).
 
@@ -17,6 +17,7 @@ Next:
 """
 
 import contextlib
+import copy
 import fcntl
 import hashlib
 import json
@@ -31,8 +32,10 @@ import threading
 import time
 import zipfile
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -42,6 +45,7 @@ import torch.optim as optim
 import tyro
 from procgen import ProcgenGym3Env
 from procgen.env import ENV_NAMES
+from sklearn.cluster import kmeans_plusplus
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -119,6 +123,26 @@ class Args:
     """hidden widths of the decoder"""
     decoder_updates: int = 200
     """gradient steps of a decoder; many overfit a handful of labels"""
+    decoder_cross_validation: bool = False
+    """ours: choose how many of the gradient steps to make, from all of them down to 1/32, by 5-fold cross-validation on the labels"""
+    decoder_features: bool = False
+    """ours: the decoder sees the policy's 256 features beside its latent, and learns from both on the labelled frames, not from the IDM's latent"""
+    finetune: Literal["none", "head", "all"] = "none"
+    """ours: then train the policy through the decoder on the labels: its last two layers (head), or all of them"""
+    finetune_updates: int = 200
+    """gradient steps of that"""
+    finetune_learning_rate: float = 1e-4
+    """Adam's learning rate for that, linearly to 0"""
+    pseudo_labels: bool = False
+    """ours: the decoder labels up to 65,536 training frames with probabilities, and a second one, on the policy's features, learns from those"""
+    pseudo_updates: int = 1500
+    """gradient steps of that second decoder"""
+    latent_steps: int = 1
+    """ours, with --pseudo-labels: the first decoder sees the IDM's latents z_t ... z_{t+k-1}, for actions that show late"""
+    choose_labels: Literal["random", "spread"] = "random"
+    """ours: label frames drawn at random, or spread over the IDM's latents by k-means++ (up to 1,024 of them, the rest at random)"""
+    bc: bool = True
+    """play behaviour cloning from scratch, too"""
     decoder_learning_rate: float = 1e-3
     """Adam's learning rate for a decoder, linearly to 0"""
     bc_updates: int = 1000
@@ -206,6 +230,26 @@ class Decoder(nn.Module):
 
     def forward(self, z):
         return self.mlp((z - self.mean) / self.std)
+
+
+def policy_outputs(policy, obs, features):
+    """Observations (B, 64, 64, 3) uint8 -> pi(o_t) (B, latent_dim), and beside it, if asked for, the features (B, 256) that it is made from."""
+    x = policy.network(obs.permute(0, 3, 1, 2).float() / 255 - 0.5)
+    z = policy.head(x).float()
+    return torch.cat([z, x.float()], dim=1) if features else z
+
+
+class DecodedPolicy(nn.Module):
+    """Observations (B, 64, 64, 3) uint8 -> action logits (B, 15), through the cloned policy and a decoder, which computes in float32."""
+
+    def __init__(self, policy, decoder, features):
+        super().__init__()
+        self.policy, self.decoder, self.features = policy, decoder, features
+
+    def forward(self, obs):
+        x = policy_outputs(self.policy, obs, self.features)
+        with torch.autocast(obs.device.type, enabled=False):
+            return self.decoder(x)
 
 
 class ScratchPolicy(nn.Module):
@@ -567,8 +611,9 @@ def evaluate(act, env, num_episodes, gif=None):
 
 
 def fit(model, x, actions, updates, learning_rate, batch_size, args, autocast):
-    """Cross-entropy on labelled inputs (n, ...), n label counts at a time, in shuffled epochs; the step size falls linearly to 0."""
-    optimizer = optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=args.weight_decay)
+    """Cross-entropy on inputs (n, ...) and actions (n,) or their probabilities (n, 15), in shuffled epochs; the step size falls linearly to 0."""
+    optimizer = optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=learning_rate, weight_decay=args.weight_decay)
+    smoothing = args.label_smoothing if actions.dim() == 1 else 0.0  # probabilities are smooth as they are
     batch_size, queue = min(batch_size, len(x)), torch.empty(0, dtype=torch.long)
     for update in range(updates):
         optimizer.param_groups[0]["lr"] = learning_rate * (1 - update / updates)
@@ -577,13 +622,27 @@ def fit(model, x, actions, updates, learning_rate, batch_size, args, autocast):
         batch, queue = queue[:batch_size], queue[batch_size:]
         with autocast:
             logits = model(x[batch])
-        loss = F.cross_entropy(logits.float(), actions[batch], label_smoothing=args.label_smoothing)
+        loss = F.cross_entropy(logits.float(), actions[batch], label_smoothing=smoothing)
         if not torch.isfinite(loss):
             sys.exit(f"error: update {update} of {type(model).__name__} on {len(x)} labels met loss {loss.item()}: lower its learning rate")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return model.eval()
+
+
+def best_updates(build, x, actions, updates, *how):
+    """The number of updates, among `updates` and its halves down to 1/32, after which build()'s decoders do best on labels they have not seen."""
+    candidates = sorted({max(1, updates >> i) for i in range(6)})
+    loss = dict.fromkeys(candidates, 0.0)
+    for held_out in torch.randperm(len(x), device=x.device).chunk(min(5, len(x))):
+        kept = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        kept[held_out] = False
+        for candidate in candidates:
+            decoder = fit(build(), x[kept], actions[kept], candidate, *how)
+            with torch.no_grad():
+                loss[candidate] += F.cross_entropy(decoder(x[held_out]), actions[held_out], reduction="sum").item()
+    return min(candidates, key=loss.get)
 
 
 def mean_and_stderr(x):
@@ -619,7 +678,7 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if args.env_id not in ENV_NAMES:
         sys.exit(f"error: --env-id {args.env_id} is not a Procgen game: choose one of {', '.join(ENV_NAMES)}")
-    require(args, num_draws=2, eval_episodes=1, num_envs=1, decoder_updates=1, bc_updates=1, bc_batch_size=1)
+    require(args, num_draws=2, eval_episodes=1, num_envs=1, decoder_updates=1, bc_updates=1, bc_batch_size=1, finetune_updates=1, latent_steps=1)
     data_dir = Path(args.data_dir or f"data/{args.env_id}")
     run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
     if (run_dir / "results.json").exists() and not args.overwrite:
@@ -640,6 +699,8 @@ if __name__ == "__main__":
     if not all(isinstance(demonstrator.get(key), (int, float)) for key in ("return_mean", "return_stderr", "episodes")):
         sys.exit(f"error: {data_dir}/meta.json lacks demonstrator, the score to compare with: add its return_mean, return_stderr and episodes")
     frames, valid_t = load_frames(data_dir, "train", data_meta)
+    if args.latent_steps > 1 and not args.pseudo_labels:
+        sys.exit(f"error: --latent-steps {args.latent_steps} without --pseudo-labels: the policy predicts z_t alone, so add --pseudo-labels")
     if args.temperature <= 0:
         sys.exit(f"error: --temperature is {args.temperature}, expected more than 0: 1 samples from the logits as they are")
     if len(set(args.num_labels)) < len(args.num_labels):
@@ -684,15 +745,58 @@ if __name__ == "__main__":
 
     def lapo_logits(obs):
         with autocast:
-            z = policy(obs)
-        return decoder(z)
+            return decoded(obs)
 
     def scratch_logits(obs):
         with autocast:
             return scratch(obs)
 
+    @torch.no_grad()
+    def idm_latents(t, steps=1):
+        """IDM latents z_t ... z_{t+steps-1} of frames t (n,) side by side, (n, steps * latent_dim); their mean beyond the episode's end."""
+        z, inside = [], np.ones(len(t), dtype=bool)
+        for k in range(steps):
+            inside &= np.isin(t + k, valid_t)
+            with autocast:
+                chunks = np.array_split(np.where(inside, t + k, t), -(-len(t) // 512))
+                z.append(torch.cat([idm(get_windows(frames, c, device)) for c in chunks]))
+            z[-1][torch.from_numpy(~inside)] = latent_mean
+        return torch.cat(z, dim=1)
+
+    @torch.no_grad()
+    def outputs_of_policy(t):
+        """Latents and features of frames t (n,), (n, latent_dim + 256)."""
+        with autocast:
+            chunks = np.array_split(t, -(-len(t) // 512))
+            return torch.cat([policy_outputs(policy, torch.from_numpy(frames[c]).to(device), True) for c in chunks])
+
+    def choose(order, draw):
+        """The frames to label, first those to label first: as drawn, or up to 1,024 of the first 8,192 spread over their latents."""
+        if args.choose_labels == "random":
+            return order
+        pool = order[:8192]
+        z = ((idm_latents(pool) - latent_mean) / latent_std).cpu().numpy()
+        picked = pool[kmeans_plusplus(z, min(1024, len(pool), max(args.num_labels)), random_state=draw)[1]]
+        return np.concatenate([picked, order[~np.isin(order, picked)]])
+
+    def new_decoder(mean, std):
+        decoder = Decoder(len(mean), args.decoder_hidden).to(device)
+        decoder.mean.copy_(mean)
+        decoder.std.copy_(std)
+        return decoder
+
+    latent_mean, latent_std = latent_mean.to(device), latent_std.to(device)
+    features = args.decoder_features or args.pseudo_labels  # does the decoder that plays see them?
+    if features:  # frames without labels say how to standardise them, and are what pseudo-labels are for
+        unlabelled = np.random.default_rng(args.seed).permutation(valid_t)[: 65_536 if args.pseudo_labels else 4096]
+        seen = outputs_of_policy(unlabelled)  # (n, latent_dim + 256)
+        seen_mean, seen_std = seen.mean(0), seen.std(0) + 1e-3
+        unlabelled_z = idm_latents(unlabelled, args.latent_steps) if args.pseudo_labels else None
+    how = (args.decoder_learning_rate, 512, args, no_autocast)
+
     # n labelled transitions of draw d: the first n of its permutation, so more labels contain fewer
-    plan = [(draw, n, method) for draw in range(args.num_draws) for n in args.num_labels for method in ("lapo_decoder", "bc_from_scratch")]
+    methods = ("lapo_decoder", "bc_from_scratch")[: 1 + args.bc]
+    plan = [(draw, n, method) for draw in range(args.num_draws) for n in args.num_labels for method in methods]
     curve, episodes_per_draw, checkpointer = [], -(-args.eval_episodes // args.num_draws), Checkpointer(args.checkpoint_seconds)
     meta = {
         "stage": "lapo_decode", "env_id": args.env_id, "num_levels": num_levels, "start_level": start_level, "n_labels": args.table_labels,
@@ -707,21 +811,33 @@ if __name__ == "__main__":
     progress = tqdm(total=len(plan), initial=len(played), unit="policy", desc="decode")
     for draw, n, method in plan[len(played) :]:
         if draw != drawn:
-            t, drawn = np.random.default_rng([args.seed, draw]).permutation(valid_t)[: max(args.num_labels)], draw
+            order, drawn = np.random.default_rng([args.seed, draw]).permutation(valid_t), draw
+            t = choose(order, draw)[: max(args.num_labels)]
             actions = torch.from_numpy(labels[t].astype(np.int64)).to(device)  # (n,)
             obs = torch.from_numpy(frames[t]).to(device)  # (n, 64, 64, 3)
-            with torch.inference_mode(), autocast:
-                z = torch.cat([idm(get_windows(frames, c, device)) for c in np.array_split(t, -(-len(t) // 512))])  # (n, latent_dim)
-            z = z.clone()
+            if args.decoder_features and not args.pseudo_labels:
+                x, mean, std = outputs_of_policy(t), seen_mean, seen_std
+            else:
+                x, mean, std = idm_latents(t, args.latent_steps), latent_mean.repeat(args.latent_steps), latent_std.repeat(args.latent_steps)
         if method == "lapo_decoder":
-            decoder = Decoder(latent_dim, args.decoder_hidden).to(device)
-            decoder.mean.copy_(latent_mean)
-            decoder.std.copy_(latent_std)
-            fit(decoder, z[:n], actions[:n], args.decoder_updates, args.decoder_learning_rate, 512, args, no_autocast)
+            updates = args.decoder_updates
+            if args.decoder_cross_validation:
+                updates = best_updates(partial(new_decoder, mean, std), x[:n], actions[:n], updates, *how)
+            decoder = fit(new_decoder(mean, std), x[:n], actions[:n], updates, *how)
+            if args.pseudo_labels:  # decode what the IDM saw, then average over what may follow o_t, instead of the other way round
+                with torch.no_grad():
+                    soft = decoder(unlabelled_z).softmax(-1)  # (65536, 15)
+                decoder = fit(new_decoder(seen_mean, seen_std), seen, soft, args.pseudo_updates, *how)
+            decoded = DecodedPolicy(policy, decoder, features)
+            if args.finetune != "none":
+                decoded.policy = copy.deepcopy(policy)
+                for part in [decoded.policy] if args.finetune == "all" else [decoded.policy.network.fc, decoded.policy.head]:
+                    part.requires_grad_(True)
+                fit(decoded, obs[:n], actions[:n], args.finetune_updates, args.finetune_learning_rate, args.bc_batch_size, args, autocast)
             film = run_dir / "lapo_decoder.gif" if args.capture_video and (n, draw) == (args.table_labels, 0) else None
             returns = play(lapo_logits, episodes_per_draw, draw, film)
             if (n, draw) == (args.table_labels, 0):
-                save_checkpoint(run_dir / "checkpoint.pt", meta, policy=policy.state_dict(), decoder=decoder.state_dict())
+                save_checkpoint(run_dir / "checkpoint.pt", meta, policy=decoded.policy.state_dict(), decoder=decoder.state_dict())
         else:
             scratch = ScratchPolicy(policy_scale).to(device).to(memory_format=torch.channels_last)
             fit(scratch, obs[:n], actions[:n], args.bc_updates, args.bc_learning_rate, args.bc_batch_size, args, autocast)

@@ -1,7 +1,3 @@
-# /// script
-# requires-python = ">=3.10,<3.13"
-# dependencies = ["numpy<2", "scikit-learn>=1.7", "tyro"]
-# ///
 """Every run's results.json into CSV files that the figures and tables are made of. Rows of runs that are no longer on disk stay.
 
     python benchmark/collect_results.py --runs-dir runs/small

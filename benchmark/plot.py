@@ -1,7 +1,3 @@
-# /// script
-# requires-python = ">=3.10,<3.13"
-# dependencies = ["numpy<2", "scipy", "tyro", "matplotlib"]
-# ///
 """The paper's figures and tables, redrawn from the CSV files of collect_results.py, with the paper's own values beside ours.
 
     python benchmark/plot.py        # benchmark/results/*.csv -> benchmark/results/{online,offline,bars,latents}.png, tables.md

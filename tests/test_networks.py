@@ -310,3 +310,37 @@ def test_offline_fit():
     loss = F.cross_entropy(decoder(z_test), a_test, label_smoothing=0.05)
     floor = -(0.95 + 0.05 / 15) * np.log(0.95 + 0.05 / 15) - 14 * (0.05 / 15) * np.log(0.05 / 15)  # entropy of a smoothed label
     assert floor < loss < floor + 0.1
+
+
+def test_offline_fit_on_probabilities():
+    """Fitted on probabilities, a decoder gives those, unsmoothed: here every second label is one of two actions, half of the time each."""
+    args = SimpleNamespace(weight_decay=0.0, label_smoothing=0.05)
+    torch.manual_seed(0)
+    z = torch.randn(512, 8)
+    wanted = torch.where(z[:, :1] > 0, F.one_hot(torch.tensor(3), 15).float(), (F.one_hot(torch.tensor(4), 15) + F.one_hot(torch.tensor(5), 15)) / 2)
+    decoder = decode.fit(decode.Decoder(8, (64,)), z, wanted, 400, 1e-2, 512, args, torch.autocast("cpu", enabled=False))
+    sure = z[:, 0].abs() > 0.5
+    torch.testing.assert_close(decoder(z).softmax(-1)[sure], wanted[sure], atol=0.05, rtol=0)
+
+
+def test_best_updates():
+    """Cross-validation asks for all updates where labels can be learnt, and for few where they are noise."""
+    how = (1e-3, 512, SimpleNamespace(weight_decay=1e-2, label_smoothing=0.05), torch.autocast("cpu", enabled=False))
+    z, a = map(torch.from_numpy, separable(256, 1))
+    torch.manual_seed(0)
+    assert decode.best_updates(lambda: decode.Decoder(8, (64,)), z, a, 200, *how) == 200
+    assert decode.best_updates(lambda: decode.Decoder(8, (64,)), z, a[torch.randperm(256)], 200, *how) <= 50
+
+
+def test_decoded_policy():
+    """The paper's form is decoder(pi(o)); with features, the decoder sees pi(o) and what its last layer is applied to."""
+    torch.manual_seed(0)
+    policy, obs = decode.LatentPolicy(0.25, 8), torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8)
+    decoder = decode.Decoder(8, (16,))
+    torch.testing.assert_close(decode.DecodedPolicy(policy, decoder, False)(obs), decoder(policy(obs)))
+    seen = decode.policy_outputs(policy, obs, True)
+    assert seen.shape == (4, 8 + 256)
+    torch.testing.assert_close(seen[:, :8], policy(obs))
+    torch.testing.assert_close(policy.head(seen[:, 8:]), policy(obs))
+    wide = decode.Decoder(8 + 256, (16,))
+    torch.testing.assert_close(decode.DecodedPolicy(policy, wide, True)(obs), wide(seen))
