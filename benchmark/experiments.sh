@@ -6,7 +6,8 @@
 #     SCALE        small (two CPU cores, about an hour a seed) or paper (a GPU; the scripts' defaults)
 #     EXPERIMENT   online    RL+SL, RL without the decoder, without VQ as well, PPO from scratch (paper section 6.3)
 #                  offline   16 ... 8192 labels: LAPO + decoder beside cloning from scratch on the same labels (section 6.4)
-#                  all       both
+#                  improved  ours: offline decoding that does not stall (README, "Beyond the paper")
+#                  all       online and offline
 #
 #     benchmark/experiments.sh small all coinrun 1 2 3
 #     python benchmark/collect_results.py --runs-dir runs/small && python benchmark/plot.py
@@ -43,9 +44,9 @@ paper)
     ;;
 esac
 case $EXPERIMENT in
-online | offline | all) ;;
+online | offline | improved | all) ;;
 *)
-    echo "error: EXPERIMENT is $EXPERIMENT, expected online, offline or all" >&2
+    echo "error: EXPERIMENT is $EXPERIMENT, expected online, offline, improved or all" >&2
     exit 1
     ;;
 esac
@@ -62,7 +63,7 @@ run collect_expert_data.py collect_expert_data 1 --data-dir "$DATA" "${COLLECT[@
 for seed in "$@"; do
     run lapo_pretrain.py lapo_pretrain "$seed" --data-dir "$DATA" "${PRETRAIN[@]}"
     run lapo_bc.py lapo_bc "$seed" --data-dir "$DATA" "${BC[@]}"
-    if [ "$EXPERIMENT" != offline ]; then
+    if [ "$EXPERIMENT" = online ] || [ "$EXPERIMENT" = all ]; then
         run lapo_finetune_ppo.py rl_sl "$seed" "${FINETUNE[@]}"
         run lapo_finetune_ppo.py rl_no_sl "$seed" --no-sl "${FINETUNE[@]}"
         run lapo_finetune_ppo.py ppo_from_scratch "$seed" --from-scratch "${FINETUNE[@]}"
@@ -70,7 +71,12 @@ for seed in "$@"; do
         run lapo_bc.py lapo_bc_no_vq "$seed" --data-dir "$DATA" --pretrain-checkpoint "$OUT/${ENV_ID}__lapo_pretrain_no_vq__$seed/checkpoint.pt" "${BC[@]}"
         run lapo_finetune_ppo.py no_vq "$seed" --no-sl --bc-checkpoint "$OUT/${ENV_ID}__lapo_bc_no_vq__$seed/checkpoint.pt" "${FINETUNE[@]}"
     fi
-    if [ "$EXPERIMENT" != online ]; then
+    if [ "$EXPERIMENT" = offline ] || [ "$EXPERIMENT" = all ]; then
         run lapo_decode.py lapo_decode "$seed" --data-dir "$DATA" "${DECODE[@]}"
+    fi
+    if [ "$EXPERIMENT" = improved ]; then
+        run lapo_decode.py lapo_decode_features "$seed" --data-dir "$DATA" "${DECODE[@]}" --no-bc --decoder-features
+        run lapo_decode.py lapo_decode_features_finetuned "$seed" --data-dir "$DATA" "${DECODE[@]}" --no-bc --decoder-features --finetune all
+        run lapo_decode.py lapo_decode_pseudo_labels "$seed" --data-dir "$DATA" "${DECODE[@]}" --no-bc --pseudo-labels
     fi
 done

@@ -13,6 +13,7 @@ on test frames, which no label comes from. Against the number of labels:
     two steps           the same, and the decoder sees z_t and z_{t+1} (--latent-steps 2)
     policy features     a decoder of the policy's latent and features, on the labels alone (--decoder-features): does not need the latent
                         to tell the action
+    labels spread       the paper's, on labels spread over the latents (--choose-labels spread)
 
 All decoders have as many updates as cross-validation on their labels asks for. Writes benchmark/results/why-it-stalls-ENV_ID.{json,png}.
 """
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from sklearn.cluster import kmeans_plusplus
 from tqdm import tqdm
 
 matplotlib.use("Agg")
@@ -39,6 +41,7 @@ import lapo_decode as stage  # noqa: E402
 
 LOOKS = {
     "frequencies of actions": ("#999999", ":", None), "idm latent": ("#009E73", "-", "s"), "policy latent": ("#0072B2", "-", "o"),
+    "labels spread": ("#D55E00", "--", "D"),
     "averaged after": ("#56B4E9", "--", "v"), "two steps": ("#E69F00", "--", "P"), "policy features": ("#CC79A7", "-", "^"),
 }  # fmt: skip
 
@@ -116,6 +119,9 @@ if __name__ == "__main__":
         torch.manual_seed(seed)
         for draw in range(args.num_draws):
             order = torch.from_numpy(np.random.default_rng([seed, draw]).permutation(len(actions)))
+            pool = order[:8192]
+            picked = pool[kmeans_plusplus(z[pool].numpy(), min(1024, len(pool)), random_state=draw)[1]]
+            spread = torch.cat([picked, order[~torch.isin(order, picked)]])
             for j, n in enumerate(tqdm(args.num_labels, desc=f"seed {seed}, draw {draw}", unit="count")):
                 p = order[:n]
 
@@ -126,6 +132,7 @@ if __name__ == "__main__":
                     "idm latent": cross_entropy(decoder, z_test, actions_test),
                     "policy latent": cross_entropy(decoder, latent_test, actions_test),
                 }
+                found["labels spread"] = cross_entropy(learned(z[spread[:n]], actions[spread[:n]], how), latent_test, actions_test)
                 for name, first, x in (("averaged after", decoder, z), ("two steps", learned(z2[p], actions[p], how), z2)):
                     with torch.no_grad():
                         soft = first(x).softmax(-1)
