@@ -32,7 +32,6 @@ import threading
 import time
 import zipfile
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Literal
@@ -123,8 +122,6 @@ class Args:
     """hidden widths of the decoder"""
     decoder_updates: int = 200
     """gradient steps of a decoder; many overfit a handful of labels"""
-    decoder_cross_validation: bool = False
-    """ours: choose how many of the gradient steps to make, from all of them down to 1/32, by 5-fold cross-validation on the labels"""
     decoder_features: bool = False
     """ours: the decoder sees the policy's 256 features beside its latent, and learns from both on the labelled frames, not from the IDM's latent"""
     finetune: Literal["none", "head", "all"] = "none"
@@ -631,20 +628,6 @@ def fit(model, x, actions, updates, learning_rate, batch_size, args, autocast):
     return model.eval()
 
 
-def best_updates(build, x, actions, updates, *how):
-    """The number of updates, among `updates` and its halves down to 1/32, after which build()'s decoders do best on labels they have not seen."""
-    candidates = sorted({max(1, updates >> i) for i in range(6)})
-    loss = dict.fromkeys(candidates, 0.0)
-    for held_out in torch.randperm(len(x), device=x.device).chunk(min(5, len(x))):
-        kept = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        kept[held_out] = False
-        for candidate in candidates:
-            decoder = fit(build(), x[kept], actions[kept], candidate, *how)
-            with torch.no_grad():
-                loss[candidate] += F.cross_entropy(decoder(x[held_out]), actions[held_out], reduction="sum").item()
-    return min(candidates, key=loss.get)
-
-
 def mean_and_stderr(x):
     return float(np.mean(x)), float(np.std(x, ddof=1) / np.sqrt(len(x)))
 
@@ -820,10 +803,7 @@ if __name__ == "__main__":
             else:
                 x, mean, std = idm_latents(t, args.latent_steps), latent_mean.repeat(args.latent_steps), latent_std.repeat(args.latent_steps)
         if method == "lapo_decoder":
-            updates = args.decoder_updates
-            if args.decoder_cross_validation:
-                updates = best_updates(partial(new_decoder, mean, std), x[:n], actions[:n], updates, *how)
-            decoder = fit(new_decoder(mean, std), x[:n], actions[:n], updates, *how)
+            decoder = fit(new_decoder(mean, std), x[:n], actions[:n], args.decoder_updates, *how)
             if args.pseudo_labels:  # decode what the IDM saw, then average over what may follow o_t, instead of the other way round
                 with torch.no_grad():
                     soft = decoder(unlabelled_z).softmax(-1)  # (65536, 15)

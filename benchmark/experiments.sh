@@ -76,8 +76,7 @@ for seed in "$@"; do
     fi
     if [ "$EXPERIMENT" = improved ]; then
         run lapo_decode.py lapo_decode_features "$seed" --data-dir "$DATA" "${DECODE[@]}" --no-bc --decoder-features
-        run lapo_decode.py lapo_decode_features_finetuned "$seed" --data-dir "$DATA" "${DECODE[@]}" --no-bc --decoder-features \
-            --decoder-cross-validation --finetune all
+        run lapo_decode.py lapo_decode_features_finetuned "$seed" --data-dir "$DATA" "${DECODE[@]}" --no-bc --decoder-features --finetune all
         run lapo_decode.py lapo_decode_pseudo_labels "$seed" --data-dir "$DATA" "${DECODE[@]}" --no-bc --pseudo-labels
     fi
 done

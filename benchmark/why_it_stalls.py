@@ -95,10 +95,24 @@ def cross_entropy(decoder, x, actions):
         return F.cross_entropy(decoder(x), actions).item()
 
 
+def best_updates(build, x, actions, updates, *how):
+    """The number of updates, among `updates` and its halves down to 1/32, after which build()'s decoders do best on labels they have not seen."""
+    candidates = sorted({max(1, updates >> i) for i in range(6)})
+    loss = dict.fromkeys(candidates, 0.0)
+    for held_out in torch.randperm(len(x), device=x.device).chunk(min(5, len(x))):
+        kept = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        kept[held_out] = False
+        for candidate in candidates:
+            decoder = stage.fit(build(), x[kept], actions[kept], candidate, *how)
+            with torch.no_grad():
+                loss[candidate] += F.cross_entropy(decoder(x[held_out]), actions[held_out], reduction="sum").item()
+    return min(candidates, key=loss.get)
+
+
 def learned(x, actions, how):
     """A decoder fitted on inputs x (n, ...) and actions (n,), with cross-validated updates."""
     build = partial(stage.Decoder, x.shape[1], (192, 128, 64))
-    return stage.fit(build(), x, actions, stage.best_updates(build, x, actions, 200, *how), *how)
+    return stage.fit(build(), x, actions, best_updates(build, x, actions, 200, *how), *how)
 
 
 if __name__ == "__main__":

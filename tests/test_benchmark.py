@@ -4,14 +4,17 @@ import csv
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ENV_ID, ROOT, STAGES, run_dir
+import torch
+from conftest import ENV_ID, ROOT, STAGES, decode, run_dir
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import collect_results  # noqa: E402
 import plot  # noqa: E402
+import why_it_stalls  # noqa: E402
 
 
 def script(name, *flags, cwd):
@@ -96,6 +99,17 @@ def test_pictures_and_tables(results):
         assert (results / f"runs-{name}.png").read_bytes().startswith(b"\x89PNG")
     done = script("plot.py", "--results", results, "--scale", "paper", cwd=results)
     assert done.returncode == 1 and "--scale paper" in done.stderr
+
+
+def test_best_updates():
+    """Cross-validation asks for all updates where labels can be learnt, and for few where they are noise."""
+    how = (1e-3, 512, SimpleNamespace(weight_decay=1e-2, label_smoothing=0.05), torch.autocast("cpu", enabled=False))
+    rng = np.random.default_rng(0)
+    a = torch.from_numpy(rng.integers(15, size=256))
+    z = torch.from_numpy(rng.normal(size=(15, 8)).astype(np.float32) * 5)[a]
+    torch.manual_seed(0)
+    assert why_it_stalls.best_updates(lambda: decode.Decoder(8, (64,)), z, a, 200, *how) == 200
+    assert why_it_stalls.best_updates(lambda: decode.Decoder(8, (64,)), z, a[torch.randperm(256)], 200, *how) <= 50
 
 
 def test_provenance(pipeline):

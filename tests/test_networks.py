@@ -323,15 +323,6 @@ def test_offline_fit_on_probabilities():
     torch.testing.assert_close(decoder(z).softmax(-1)[sure], wanted[sure], atol=0.05, rtol=0)
 
 
-def test_best_updates():
-    """Cross-validation asks for all updates where labels can be learnt, and for few where they are noise."""
-    how = (1e-3, 512, SimpleNamespace(weight_decay=1e-2, label_smoothing=0.05), torch.autocast("cpu", enabled=False))
-    z, a = map(torch.from_numpy, separable(256, 1))
-    torch.manual_seed(0)
-    assert decode.best_updates(lambda: decode.Decoder(8, (64,)), z, a, 200, *how) == 200
-    assert decode.best_updates(lambda: decode.Decoder(8, (64,)), z, a[torch.randperm(256)], 200, *how) <= 50
-
-
 def test_decoded_policy():
     """The paper's form is decoder(pi(o)); with features, the decoder sees pi(o) and what its last layer is applied to."""
     torch.manual_seed(0)

@@ -107,7 +107,7 @@ def test_bc_labels_are_the_idms_latents(pipeline):
 @pytest.mark.parametrize(
     "flags, trained, decoder_inputs",
     [
-        ("--decoder-cross-validation --choose-labels spread", (), 16),
+        ("--choose-labels spread", (), 16),
         ("--decoder-features --finetune head", ("network.fc.", "head."), 16 + 256),
         ("--pseudo-labels --latent-steps 2 --pseudo-updates 20 --finetune all", ("network.", "head."), 16 + 256),
     ],
