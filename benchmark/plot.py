@@ -161,7 +161,7 @@ def plot_online(curves, scores, path):
     games = [g for g in scores.games if any(row["env_id"] == g for row in curves)]
     if not games:
         return
-    fig, axes = plt.subplots(1, len(games) + 1, figsize=(5 * (len(games) + 1), 4.2), squeeze=False)
+    fig, axes = plt.subplots(1, len(games) + 1, figsize=(5.2 * (len(games) + 1), 4.4), squeeze=False, layout="constrained")
     over_games = defaultdict(list)  # method -> [(frames, seeds x frames relative)]
     for ax, env_id in zip(axes[0], games):
         for method in ONLINE:
@@ -173,11 +173,12 @@ def plot_online(curves, scores, path):
             if not frames:
                 continue
             y = np.array([[run[f] for f in frames] for run in runs.values()])  # (seeds, frames)
-            ax.plot(frames, y.mean(0), lw=2, **(style(method, []) | {"marker": None}), zorder=3)
-            ax.fill_between(frames, y.min(0), y.max(0), color=COLORS[method], alpha=0.18, lw=0)
-            over_games[method].append((frames, scores.relative(env_id, y.mean(0))))
+            thousands = np.array(frames) / 1000
+            ax.plot(thousands, y.mean(0), lw=2, **(style(method, []) | {"marker": None}), zorder=3)
+            ax.fill_between(thousands, y.min(0), y.max(0), color=COLORS[method], alpha=0.18, lw=0)
+            over_games[method].append((thousands, scores.relative(env_id, y.mean(0))))
         two_axes(ax, scores, env_id)
-        ax.set(title=f"{env_id} ({len(runs)} seeds; band: lowest to highest)", xlabel="frames")
+        ax.set(title=f"{env_id} (seeds: {len(runs)}; band: lowest to highest)", xlabel="thousand frames")
     axes[0, 0].legend(fontsize=7)
     ax = axes[0, -1]
     for method, games_y in over_games.items():
@@ -186,7 +187,7 @@ def plot_online(curves, scores, path):
             ax.plot([], [], " ", label=f"   (paper, 4M frames: {PAPER_ONLINE[method]:.2f})")
     ax.axhline(1, color=COLORS["demonstrator"], ls="--", lw=1.2)
     ax.axhline(0, color=COLORS["random"], ls=":", lw=1.2)
-    ax.set(title=f"mean of {len(games)} games", xlabel="frames", ylabel="share of the demonstrator's return above random")
+    ax.set(title=f"mean of the games ({len(games)})", xlabel="thousand frames", ylabel="share of the demonstrator's return above random")
     ax.legend(fontsize=7)
     caption(fig, "Online: return of the last 100 training episodes. Look for how soon the blue lines leave the orange one.")
     fig.savefig(path, dpi=110, bbox_inches="tight")
@@ -197,7 +198,7 @@ def plot_offline(scores, ours, path):
     games = [g for g in scores.games if any(env_id == g and n != "" for env_id, _, n in scores.groups)]
     if not games:
         return
-    fig, axes = plt.subplots(1, len(games), figsize=(6.2 * len(games), 4.4), squeeze=False)
+    fig, axes = plt.subplots(1, len(games), figsize=(6.4 * len(games), 4.6), squeeze=False, layout="constrained")
     for ax, env_id in zip(axes[0], games):
         for method in ("lapo_decoder", "bc_from_scratch", *ours):
             counts = sorted(n for g, m, n in scores.groups if (g, m) == (env_id, method) and n != "")
@@ -219,7 +220,7 @@ def plot_offline(scores, ours, path):
             mec="#0072B2",
             label=f"the paper's share at 8,192 labels ({PAPER_8192[env_id]:g} of {expert:.1f})",
         )
-        ax.set(title=f"{env_id}, {seeds} seeds", xlabel="labelled frames", xscale="log")
+        ax.set(title=f"{env_id} (seeds: {seeds})", xlabel="labelled frames", xscale="log")
         ax.set_xscale("log", base=2)
         ax.legend(fontsize=7)
     caption(fig, "Offline: what labels buy. Bands: 95% bootstrap over seeds, draws of the labels and episodes. Look for where the lines stop rising.")
@@ -272,7 +273,7 @@ def plot_latents(points, path):
     games = sorted({p["env_id"] for p in points})
     if not games:
         return
-    fig, axes = plt.subplots(1, len(games), figsize=(5.2 * len(games), 4.4), squeeze=False)
+    fig, axes = plt.subplots(1, len(games), figsize=(5.2 * len(games), 4.4), squeeze=False, layout="constrained")
     for ax, env_id in zip(axes[0], games):
         mine = [p for p in points if p["env_id"] == env_id]
         xy, action = np.array([[p["x"], p["y"]] for p in mine]), np.array([p["action"] for p in mine]).astype(int)
@@ -295,10 +296,16 @@ def caption(fig, text):
 
 def tables(scores, ours, space):
     """Everything above in numbers, as Markdown."""
-    lines = ["| game | method | labels | frames online | return | 95% interval | seeds | episodes | relative (paper) | share of the demonstrator's |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    head = "game | method | labels | frames online | return | 95% interval | seeds | episodes | relative return | share of the demonstrator's"
+    lines = [f"| {head} | the paper's return (all levels) |", "|" + "---|" * 11]
     for g in scores.games:
         random, expert = PAPER_SCORES[g]
+        paper = {
+            ("random", ""): random,
+            ("demonstrator", ""): expert,
+            ("ppo_from_scratch", ""): PAPER_SCRATCH[g],
+            ("lapo_decoder", 8192.0): PAPER_8192[g],
+        }
         keys = [(m, "") for m in ("random", "demonstrator", *ONLINE)]
         keys += [
             (m, n) for m in ("bc_from_scratch", "lapo_decoder", *ours) for n in sorted(k[2] for k in scores.groups if k[:2] == (g, m) and k[2] != "")
@@ -318,7 +325,13 @@ def tables(scores, ours, space):
                     episodes,
                 ]
                 lines.append(
-                    "| " + " | ".join(map(str, [*cells, f"{(mean - random) / (expert - random):.2f}", f"{scores.relative(g, mean):.2f}"])) + " |"
+                    "| "
+                    + " | ".join(
+                        map(
+                            str, [*cells, f"{(mean - random) / (expert - random):.2f}", f"{scores.relative(g, mean):.2f}", paper.get((method, n), "")]
+                        )
+                    )
+                    + " |"
                 )
     lines += [
         "",

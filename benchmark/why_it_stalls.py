@@ -56,9 +56,9 @@ class Args:
     """where the runs of lapo_bc.py lie"""
     data_dir: str | None = None
     """the dataset; default RUNS_DIR/data/ENV_ID"""
-    num_labels: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    num_labels: tuple[int, ...] = (16, 64, 256, 1024, 4096)
     """label counts"""
-    num_draws: int = 3
+    num_draws: int = 2
     """draws of the labels"""
     out: str = str(ROOT / "benchmark" / "results")
     """where JSON and picture go"""
