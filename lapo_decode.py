@@ -144,6 +144,8 @@ class Args:
     """Adam's learning rate for a decoder, linearly to 0"""
     bc_updates: int = 1000
     """gradient steps of behaviour cloning from scratch; few learn little more than how often each action is taken, many overfit"""
+    bc_epochs: int = 0
+    """at least so many passes over the labels, if that takes more steps than bc_updates"""
     bc_learning_rate: float = 5e-4
     """Adam's learning rate for behaviour cloning from scratch, linearly to 0"""
     bc_batch_size: int = 128
@@ -820,7 +822,8 @@ if __name__ == "__main__":
                 save_checkpoint(run_dir / "checkpoint.pt", meta, policy=decoded.policy.state_dict(), decoder=decoder.state_dict())
         else:
             scratch = ScratchPolicy(policy_scale).to(device).to(memory_format=torch.channels_last)
-            fit(scratch, obs[:n], actions[:n], args.bc_updates, args.bc_learning_rate, args.bc_batch_size, args, autocast)
+            updates = max(args.bc_updates, -(-args.bc_epochs * n // args.bc_batch_size))
+            fit(scratch, obs[:n], actions[:n], updates, args.bc_learning_rate, args.bc_batch_size, args, autocast)
             returns = play(scratch_logits, episodes_per_draw, draw)
         played.append(returns.tolist())
         progress.update()

@@ -33,7 +33,7 @@ small) # the quickstart's networks and data (README, "What the quickstart change
     BC=(--num-updates 4000 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 --policy-scale 0.5 --eval-every 1000)
     FINETUNE=(--total-timesteps 163840 --linear-warmup 50000 100000)
     DECODE=(--num-labels 16 32 64 128 256 512 1024 2048 4096 8192 --table-labels 256 --num-draws 3 --eval-episodes 60
-        --decoder-updates 200 --bc-updates 200 --bc-batch-size 64)
+        --decoder-updates 200 --bc-updates 200 --bc-epochs 10 --bc-batch-size 64)
     ;;
 paper)
     COLLECT=() PRETRAIN=() BC=() FINETUNE=() DECODE=()
