@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10,<3.13"
-# dependencies = ["torch==2.13.0", "procgen-mirror==0.10.7", "gym==0.26.2", "numpy<2", "tyro", "tensorboard", "tqdm"]
+# dependencies = ["torch==2.13.0", "procgen-mirror==0.10.7", "gym==0.26.2", "numpy<2", "tyro", "tensorboard", "tqdm", "pillow"]
 # ///
 """LAPO, stage 5 of 5, online: fine-tune the cloned latent policy with PPO and an online decoder (paper sections 4.3 and 6.1-6.3).
 
@@ -38,6 +38,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.optim as optim
 import tyro
+from PIL import Image, ImageDraw, ImageFont
 from procgen import ProcgenGym3Env
 from procgen.env import ENV_NAMES
 from torch.distributions.categorical import Categorical
@@ -78,7 +79,7 @@ class Args:
     wandb_entity: str | None = None
     """the entity (team) of wandb's project"""
     capture_video: bool = False
-    """write a GIF of the final policy to the run folder"""
+    """write a GIF of the final policy, with the actions it takes, to the run folder"""
     runs_dir: str = "runs"
     """where run folders (TensorBoard logs, checkpoint.pt, results.json) are made"""
     overwrite: bool = False
@@ -520,10 +521,11 @@ def load_network(build, state, path, made_by):
     try:
         with torch.device("meta"):
             network = build()
+        dtypes = {name: tensor.dtype for name, tensor in network.state_dict().items()}  # float32, but for what batch normalisation counts
         network.load_state_dict(state, assign=True)
         for name, tensor in network.state_dict().items():
-            if (tensor.dtype, tensor.layout, tensor.device.type) != (torch.float32, torch.strided, "cpu"):
-                raise ValueError(f"{name} is not a float32 tensor")
+            if (tensor.dtype, tensor.layout, tensor.device.type) != (dtypes[name], torch.strided, "cpu"):
+                raise ValueError(f"{name} is not a tensor of {dtypes[name]}")
     except Exception as e:
         sys.exit(f"error: the weights in {path} do not fit its arguments ({first_line(e)}): make it again with `{made_by}`")
     return network
@@ -575,6 +577,23 @@ def set_env_state(env, state):
     env.callmethod("set_state", [game.numpy().tobytes() for game in state])
 
 
+def draw_action(picture, action):
+    """A picture (192, 192, 3) uint8 with the action taken on seeing it in the upper left corner: an arrow, a dot for none, a button's letter."""
+    image = Image.fromarray(picture)
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((4, 4, 40, 40), fill="white", outline="black")
+    dx, dy = action // 3 - 1, 1 - action % 3  # Procgen's actions 0-8 are 3 * (right + 1) + (up + 1), 9-14 buttons; pictures count downwards
+    if action > 8:
+        draw.text((22, 22), "DAWSQE"[action - 9], fill="black", anchor="mm", font=ImageFont.load_default(24))
+    elif dx == dy == 0:
+        draw.ellipse((18, 18, 26, 26), fill="black")
+    else:
+        x, y = np.array([dx, dy]) * 14 / np.hypot(dx, dy)  # half the arrow; its head is a triangle from half way on
+        draw.line((22 - x, 22 - y, 22 + x / 2, 22 + y / 2), fill="black", width=4)
+        draw.polygon([(22 + x, 22 + y), (22 - y * 0.7, 22 + x * 0.7), (22 + y * 0.7, 22 - x * 0.7)], fill="black")
+    return np.asarray(image)
+
+
 def evaluate(act, env, num_episodes, gif=None):
     """Returns of num_episodes episodes, (num_episodes,). Each env gives equally many, so that long episodes count as much as short ones."""
     num_envs = env.num
@@ -585,10 +604,11 @@ def evaluate(act, env, num_episodes, gif=None):
         if not len(playing):
             break
         obs = env.observe()[1]["rgb"]
-        if gif and len(film) < 600:
-            film.append(np.concatenate(obs[:4].repeat(3, axis=1).repeat(3, axis=2), axis=1))
         action = np.zeros(num_envs, dtype=np.int32)
         action[playing] = act(obs[playing])  # envs that have given their share idle along, at no cost to the network
+        if gif and len(film) < 600:
+            pictures = obs[:4].repeat(3, axis=1).repeat(3, axis=2)  # (4, 192, 192, 3)
+            film.append(np.concatenate([draw_action(p, action[e]) if e in playing else p for e, p in enumerate(pictures)], axis=1))
         env.act(action)
         reward, _, first = env.observe()
         running += reward
