@@ -448,10 +448,11 @@ def load_network(build, state, path, made_by):
     try:
         with torch.device("meta"):
             network = build()
+        dtypes = {name: tensor.dtype for name, tensor in network.state_dict().items()}  # float32, but for what batch normalisation counts
         network.load_state_dict(state, assign=True)
         for name, tensor in network.state_dict().items():
-            if (tensor.dtype, tensor.layout, tensor.device.type) != (torch.float32, torch.strided, "cpu"):
-                raise ValueError(f"{name} is not a float32 tensor")
+            if (tensor.dtype, tensor.layout, tensor.device.type) != (dtypes[name], torch.strided, "cpu"):
+                raise ValueError(f"{name} is not a tensor of {dtypes[name]}")
     except Exception as e:
         sys.exit(f"error: the weights in {path} do not fit its arguments ({first_line(e)}): make it again with `{made_by}`")
     return network
