@@ -57,12 +57,12 @@ PAGE = """<!DOCTYPE html>
 :root { color-scheme: light dark; --line: #8886; --on: #0072b2; --bad: #d55e00 }
 body { font: 16px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 1rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 1rem 0 0.3rem } p { margin: 0.3rem 0 }
-.worlds { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; margin: 0.8rem 0; max-width: 100vh }
+.worlds { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; margin: 0.8rem 0; max-width: 90vh }
 figure { margin: 0 } figcaption { font-size: 0.9rem; margin-top: 0.3rem }
 .worlds canvas { width: 100%; aspect-ratio: 1; image-rendering: pixelated; border: 1px solid var(--line); border-radius: 4px; display: block }
 .worlds .over { opacity: 0.35 }
 #plot { width: 100%; height: 7rem; display: block; border: 1px solid var(--line); border-radius: 4px }
-#status { display: flex; flex-wrap: wrap; gap: 0.2rem 2rem; font-variant-numeric: tabular-nums; min-height: 1.5rem }
+#status { display: flex; flex-wrap: wrap; gap: 0.2rem 2rem; font-variant-numeric: tabular-nums; margin-bottom: 0.5rem }
 .keys { display: flex; flex-wrap: wrap; gap: 0.8rem 2rem; align-items: end }
 .row { display: flex; gap: 0.3rem; justify-content: center; margin-top: 0.3rem }
 .keys p { font-size: 0.85rem; margin: 0 }
@@ -92,9 +92,11 @@ key.</figcaption></figure>
 </div>
 <h2>What to look for</h2>
 <ul>
-<li><b>Different keys, different dreams.</b> Restart and hold another key: if every key gives the same dream, the latents carry nothing.</li>
+<li><b>Different keys, different dreams.</b> Restart and hold another key. If every key gives the same dream, the latents carry nothing; if keys
+change the background and not the hero, they carry what changes most in the picture, not what was done.</li>
 <li><b>The dream drifts</b>, at first because a key is <em>one</em> latent for all situations: the same when running, jumping or against a wall.</li>
-<li><b>It blurs</b>, because training rewards the mean of all frames that may follow; and each frame is made from blurred ones, so errors add up.</li>
+<li><b>It blurs</b>, because training rewards the mean of all frames that may follow; and each frame is made from blurred ones, so errors add up,
+in the end to stripes and wrong colours.</li>
 <li><b>What leaves the picture is forgotten, what enters it is invented:</b> two frames and a latent are all that the model knows. It may run through
 walls, or lose its hero.</li>
 <li><b>Space wakes it up:</b> the dream goes on from the real game's last two frames. How long until it is lost again?</li>
@@ -103,7 +105,7 @@ walls, or lose its hero.</li>
 "use strict";
 const CONFIG = {CONFIG};
 const $ = id => document.getElementById(id), held = new Set(), buttons = {}, errors = [];
-let command = "";
+let command = "restart";
 const COMMANDS = {r: "restart", n: "next", " ": "wake"};
 
 $("game").textContent = CONFIG.game;
@@ -143,9 +145,9 @@ if (CONFIG.labels) {
     [["ArrowLeft", "\\u2190", "left"], ["ArrowDown", "\\u2193", "down"], ["ArrowRight", "\\u2192", "right"]]]);
   addKeys("Procgen's buttons, for games that use them", [CONFIG.buttons.map(b => [b, b.toUpperCase(), ""])]);
 }
+addKeys("both worlds", [[["r", "R", "restart"], ["n", "N", "next level"], [" ", "Space", "wake up"]]]);
 const digits = CONFIG.codes.map(([share, name], i) => [String(i + 1), i + 1, `${share}%${name && " \\u2248 " + name}`]);
 addKeys("groups of latents, most frequent first", [digits]);
-addKeys("both worlds", [[["r", "R", "restart"], ["n", "N", "next level"], [" ", "Space", "wake up"]]]);
 
 const keyOf = e => e.key.length === 1 ? e.key.toLowerCase() : e.key;
 addEventListener("keydown", e => {
@@ -527,7 +529,7 @@ def latents_of_actions(z, actions, top=64):
 
     The labels are those of the first windows. Three classifiers are fitted on them: left or right, up or down, and the button; so a pair that is
     hardly ever pressed learns from its halves. An action's latent is the mean of the `top` ones that they are surest of. (The mean of the action's
-    own labelled windows is a worse choice: with physics like coinrun's most of them show little but how fast the hero was already.)
+    own labelled windows did worse in a trial on coinrun, where most windows show little but how fast the hero was already.)
     """
     every, move = np.arange(9), np.where(actions < 9, actions, STAY)
     parts = (move // 3, every // 3, slice(0, 9)), (move % 3, every % 3, slice(0, 9)), (np.maximum(actions - 8, 0), np.arange(1, 7), slice(9, 15))
@@ -545,8 +547,8 @@ def latents_of_actions(z, actions, top=64):
 def frequent_groups(z, codes, num_groups, seed):
     """Groups of quantised latents z (n, latent_dim), most frequent first: (windows that stand for them (g,), group of each window (n,)).
 
-    A joint code has N x H indices, and almost every window has its own (codes (n, N * H); without VQ the latents themselves), so k-means groups
-    them. A group is played with the real latent nearest to its centre.
+    A joint code has N x H indices, and most windows have their own (codes (n, N * H); without VQ the latents themselves), so k-means groups them.
+    A group is played with the real latent nearest to its centre.
     """
     kmeans = KMeans(min(num_groups, len(np.unique(codes, axis=0))), n_init=4, random_state=seed).fit(z)
     order = np.argsort(-np.bincount(kmeans.labels_), kind="stable")
@@ -630,7 +632,7 @@ def make_server(port, page, respond):
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version, server_version, sys_version, timeout = "HTTP/1.1", "lapo_play", "", 60
-        wbufsize = -1  # head and body in one packet: two would wait 40 ms for each other
+        disable_nagle_algorithm = True  # which would hold an answer back for 40 ms
 
         def answer(self, status, body, kind="text/plain"):
             body = body.encode()
@@ -725,7 +727,9 @@ if __name__ == "__main__":
     quantised = quantise(z)
 
     # 2. the keys' latents: groups on the numbers, actions on the arrows and letters
-    chosen, group = frequent_groups(quantised.numpy(), (vq(z)[2].flatten(1) if vq else z).numpy(), args.num_codes, args.seed)
+    joint = (vq(z)[2].flatten(1) if vq else z).numpy()  # (n, N * H)
+    chosen, group = frequent_groups(quantised.numpy(), joint, args.num_codes, args.seed)
+    print(f"{len(np.unique(joint, axis=0))} different joint {'codes' if vq else 'latents'}, in {len(chosen)} groups on the number keys", flush=True)
     codes = quantised[chosen]  # (g, latent_dim)
     share = np.bincount(group) / len(t)
     if has_labels:
@@ -734,10 +738,14 @@ if __name__ == "__main__":
         moves = quantise(torch.from_numpy(of_action).float())  # (15, latent_dim)
         move_of_code = [int(np.bincount(told[group == g]).argmax()) for g in range(len(codes))]
 
-    # 3. both worlds. One frame at a time is too little for a second thread: they would wait for each other longer than they work
+    # 3. both worlds. One thread makes a frame in time; on a busy machine several wait for each other longer than they work (benchmark/play_speed.py)
     torch.set_num_threads(1)
     levels = data_meta["num_levels"], data_meta["start_level"]
     world = World(fdm, lambda level: make_env(args.env_id, 1, *levels, args.seed + level))
+    world.step(codes[:1], None)  # the first one is slow
+    if not torch.isfinite(world.dream[1]).all():
+        sys.exit(f"error: the FDM in {path} makes numbers that are not finite: make it again with `{made_by} --overwrite`")
+    world.restart(0)
     lock, times, took = threading.Lock(), deque(maxlen=31), deque(maxlen=31)
 
     def respond(keys, command):

@@ -233,6 +233,17 @@ def test_refusals(respond, flags, words):
     assert message.startswith("error: ") and "\n" not in message and all(word in message for word in words)
 
 
+@pytest.mark.parametrize("part", ["idm", "fdm"])
+def test_networks_that_are_not_finite(pipeline, respond, tmp_path, part):
+    """A checkpoint whose networks make numbers that are not finite is refused before anything is served."""
+    checkpoint = torch.load(pipeline.checkpoints["lapo_pretrain"], weights_only=True)
+    last = [name for name in checkpoint[part] if name.endswith("bias")][-1]
+    checkpoint[part][last].fill_(float("nan"))
+    torch.save(checkpoint, tmp_path / "nan.pt")
+    with pytest.raises(SystemExit, match=f"error: the {part.upper()} in .*nan.pt makes numbers that are not finite"):
+        respond("--pretrain-checkpoint", str(tmp_path / "nan.pt"))
+
+
 def test_port_in_use(respond, server):
     """A port that is taken is refused."""
     with pytest.raises(SystemExit) as caught:
