@@ -59,7 +59,7 @@ def test_repeated_definitions_are_identical():
             copies[name][stage] = source
     shared = {name: sources for name, sources in copies.items() if len(sources) > 1 and name not in ("Args", "Agent")}
     assert {"ImpalaCNN", "ResidualBlock", "IDM", "LatentPolicy", "Decoder", "compute_gae", "get_windows", "FORMAT_VERSION"} <= shared.keys()
-    assert len(shared["ImpalaCNN"]) == 6 and len(shared["IDM"]) == 5
+    assert len(shared["ImpalaCNN"]) == 6 and len(shared["IDM"]) == 5 and len(shared["FDM"]) == len(shared["VQ"]) == 2
     different = {name: list(sources) for name, sources in shared.items() if len(set(sources.values())) > 1}
     assert not different
 
