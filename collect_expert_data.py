@@ -19,11 +19,20 @@ With the shipped demonstrator:      python collect_expert_data.py --env-id ENV -
 Next:                               python lapo_pretrain.py --env-id bossfight
 """
 
+import contextlib
+import errno
+import fcntl
+import hashlib
 import json
+import math
 import os
 import random
+import shlex
+import signal
 import sys
+import threading
 import time
+import zipfile
 from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,6 +49,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 FORMAT_VERSION = 1  # of checkpoints and datasets
+NOT_COMPARED = {"resume", "overwrite", "track", "wandb_project_name", "wandb_entity", "checkpoint_seconds"}  # may change when a run goes on
+# numbers in checkpoints that networks are built from
+SIZES = {"scale", "idm_scale", "policy_scale", "vq_num_codebooks", "vq_num_slots", "vq_dim"}
+LOCKS = []  # open files, locked as long as this process lives
 
 
 @dataclass
@@ -66,6 +79,10 @@ class Args:
     """where run folders (TensorBoard logs, checkpoint.pt, results.json) are made"""
     overwrite: bool = False
     """replace a finished run, or a finished dataset, of the same name"""
+    resume: bool = False
+    """go on with the unfinished run in the run folder, or say that there is none; one with the same arguments goes on by itself"""
+    checkpoint_seconds: float = 60.0
+    """seconds between checkpoints from which an interrupted run goes on"""
 
     env_id: str = "bossfight"
     """the Procgen game, one of the 16"""
@@ -192,6 +209,13 @@ class RewardNormalizer:
         self.returns[done] = 0.0
         return np.clip(reward / np.sqrt(self.var + 1e-8), -10, 10)
 
+    def state_dict(self):
+        return {"returns": torch.tensor(self.returns), "mean": float(self.mean), "var": float(self.var), "count": float(self.count)}
+
+    def load_state_dict(self, state):
+        self.returns = state["returns"].numpy().copy()
+        self.mean, self.var, self.count = state["mean"], state["var"], state["count"]
+
 
 def compute_gae(rewards, values, dones, next_value, next_done, gamma, gae_lambda):
     """Generalised advantage estimation (Schulman et al. 2016). All (T, E); dones[t] says that obs[t] begins an episode."""
@@ -203,6 +227,16 @@ def compute_gae(rewards, values, dones, next_value, next_done, gamma, gae_lambda
         delta = rewards[t] + gamma * nextvalues * nextnonterminal - values[t]
         advantages[t] = lastgaelam = delta + gamma * gae_lambda * nextnonterminal * lastgaelam
     return advantages
+
+
+def refuse_bad_numbers(run_dir, update, batch, numbers):
+    """Ends the process before a loss or gradient that is not finite reaches the parameters or a checkpoint; notes the batch."""
+    write_aside(run_dir / "bad_batch.json", lambda f: f.write(json.dumps({"update": update, "indices": np.asarray(batch).tolist()}).encode()))
+    found = ", ".join(f"{name} {value}" for name, value in numbers.items())
+    sys.exit(
+        f"error: update {update} met numbers that are not finite ({found}); its batch is in {run_dir}/bad_batch.json, the checkpoint of the last "
+        "good update is intact: lower --learning-rate or try --no-bf16 with --overwrite, or look at these frames"
+    )
 
 
 def ppo_loss(logits, newvalue, actions, logprobs, advantages, returns, values, args):
@@ -233,6 +267,15 @@ def make_env(env_id, num_envs, num_levels, start_level, seed):
         rand_seed=seed,
         num_threads=min(4, os.cpu_count()),
     )
+
+
+def get_env_state(env):
+    """Snapshots of all games, a list of uint8 tensors."""
+    return [torch.frombuffer(bytearray(game), dtype=torch.uint8) for game in env.callmethod("get_state")]
+
+
+def set_env_state(env, state):
+    env.callmethod("set_state", [game.numpy().tobytes() for game in state])
 
 
 def evaluate(act, env, num_episodes, gif=None):
@@ -269,29 +312,163 @@ def require(args, **minimum):
             sys.exit(f"error: --{name.replace('_', '-')} is {value}, expected at least {least}")
 
 
-def make_writer(run_dir, args):
-    """A fresh run folder with TensorBoard (and, with --track, Weights and Biases) logs and the hyperparameters."""
+def read_tensors(path):
+    """A file of save_checkpoint's. Runs no code from it and takes no more memory than it has bytes; raises some exception if it is something else."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+    if any(r.compress_type != zipfile.ZIP_STORED for r in records) or sum(r.file_size for r in records) > os.path.getsize(path):
+        raise ValueError("its records are compressed or overlap")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def first_line(found):
+    """What to quote of an error, or of a value in a file, in a sentence."""
+    try:
+        return " ".join(str(found).split())[:200] or type(found).__name__
+    except RecursionError:
+        return type(found).__name__
+
+
+def one_sentence(kind, error, traceback):
+    """sys.excepthook: what goes wrong with files (a full disk, a read-only or deleted folder) ends in one sentence, not in a traceback."""
+    if issubclass(kind, OSError):
+        where = error.filename or "a file of this run"
+        print(
+            f"error: {where}: {error.strerror or error}; what was saved before is intact: mend that, then run the same command again", file=sys.stderr
+        )
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+def lock_folder(folder):
+    """Makes a folder if need be and locks it until this process ends; refuses, in one sentence, what another process is writing to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+    except OSError as e:
+        sys.exit(f"error: the folder {folder} cannot be made or written to ({e.strerror}): choose another, see --runs-dir and --data-dir")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        sys.exit(f"error: another process is at work in {folder}: wait until it ends, or choose another folder (--exp-name, --seed, --data-dir)")
+    LOCKS.append(lock)
+
+
+def start_run(run_dir, args):
+    """The run folder, locked for this process: its log writer, and the state of an unfinished run with the same arguments or None."""
     if args.track:
         try:
             import wandb
         except ImportError:
             sys.exit("error: --track needs wandb, which is not installed: `pip install wandb`, or leave --track out")
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=vars(args), name=run_dir.name)
+    sys.excepthook = one_sentence
+    # what stops the log writer's thread is raised again where something is logged
+    threading.excepthook = lambda e: None if issubclass(e.exc_type, OSError) else threading.__excepthook__(e)
+    lock_folder(run_dir)
+    state, resume_path = None, run_dir / "resume.pt"
+    if resume_path.exists() and not args.overwrite:
+        mend = "add --overwrite to start afresh, or choose another --exp-name or --seed"
+        try:
+            state = read_tensors(resume_path)
+            meta = state["meta"]
+            if type(meta["format_version"]) is int and meta["format_version"] != FORMAT_VERSION:
+                found = f"format_version {meta['format_version']}, expected {FORMAT_VERSION}"
+                sys.exit(f"error: {resume_path} has {found}: finish the run with the version that began it, {mend}")
+            if not isinstance(meta["args"], dict) or type(meta["wall_seconds"]) is not float or not 0 <= int(meta["step"]) < 2**62:
+                raise ValueError("its description is damaged")
+        except Exception as e:
+            sys.exit(f"error: {resume_path} cannot be read ({first_line(e)}), so that the unfinished run in its folder cannot go on: {mend}")
+        now = {key: value for key, value in asdict(args).items() if key not in NOT_COMPARED}
+        changed = [key for key, value in now.items() if repr(meta["args"].get(key)) != repr(value)]
+        if changed:
+            found = ", ".join(f"--{key.replace('_', '-')} {first_line(meta['args'].get(key))} (now {now[key]})" for key in changed)
+            sys.exit(f"error: {run_dir} holds an unfinished run with other arguments, {found}: give the same to go on, {mend}")
+        print(f"going on with the unfinished run in {run_dir}")
+    elif args.resume:
+        sys.exit(f"error: --resume, but {run_dir} holds no unfinished run: leave --resume out to start one")
+    if not state:
+        replaced = [run_dir / "checkpoint.pt"] * args.overwrite
+        for old in [*replaced, resume_path, run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
+            old.unlink(missing_ok=True)
+    writer = SummaryWriter(run_dir, purge_step=int(state["meta"]["step"]) + 1 if state else None)  # what was logged after the state does not count
+    if not state:
+        writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    return writer, state
+
+
+@contextlib.contextmanager
+def refusing_damage(path):
+    """Turns what goes wrong while a run's state is restored into one sentence."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        sys.exit(f"error: the run folder {run_dir} cannot be made ({e.strerror}): choose another --runs-dir")
-    for old in [run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
-        old.unlink(missing_ok=True)
-    writer = SummaryWriter(run_dir)
-    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
-    return writer
+        yield
+    except Exception as e:
+        sys.exit(f"error: {path} is damaged, so that the unfinished run in its folder cannot go on ({first_line(e)}): start afresh with --overwrite")
+
+
+class Checkpointer:
+    """Says when to save: every `seconds`, and once SIGINT or SIGTERM has come (which a second time ends the process as usual)."""
+
+    def __init__(self, seconds):
+        self.seconds, self.last, self.stop = seconds, time.time(), False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.request)
+
+    def request(self, number, _):
+        self.stop = True
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    def due(self):
+        return self.stop or time.time() - self.last >= self.seconds
+
+    def saved(self, run_dir):
+        """To be called after saving; ends the process if that was asked for."""
+        self.last = time.time()
+        if self.stop:
+            print(f"\nstopped and saved in {run_dir}; go on with: python {shlex.join(arg for arg in sys.argv if arg != '--overwrite')}")
+            sys.exit(0)
+
+
+def get_rng_state(*generators):
+    """The states of torch's random generators and of the given numpy or torch ones, as tensors and text."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    given = [json.dumps(g.bit_generator.state) if isinstance(g, np.random.Generator) else g.get_state() for g in generators]
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "given": given}
+
+
+def set_rng_state(state, *generators):
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    for g, given in zip(generators, state["given"]):
+        if isinstance(g, np.random.Generator):
+            g.bit_generator.state = json.loads(given)
+        else:
+            g.set_state(given)
 
 
 def save_checkpoint(path, meta, **states):
-    """Tensors and plain values only (loads with weights_only=True); written aside, then renamed, so never half there."""
-    torch.save({"meta": {"format_version": FORMAT_VERSION, **meta}, **states}, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    """Tensors and plain values only (loads with weights_only=True); written aside, flushed to disk, then renamed: there is a whole file or none."""
+    write_aside(path, lambda f: torch.save({"meta": {"format_version": FORMAT_VERSION, **meta}, **states}, f))
+
+
+def write_aside(path, write):
+    """Writes a file next to its place, flushes it to disk, then renames it; what was at `path` stays if that fails."""
+    tmp = Path(f"{path}.tmp")
+    try:
+        with open(tmp, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+        folder = os.open(tmp.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name, too
+        os.close(folder)
+    except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
+        with contextlib.suppress(OSError):
+            tmp.unlink(missing_ok=True)
+        why = getattr(e, "strerror", None) or first_line(e)
+        sys.exit(f"error: {path} cannot be written ({why}); what was saved before is intact: make room there, then run the same command again")
 
 
 def load_checkpoint(path, stage, env_id, made_by, parts=()):
@@ -299,41 +476,110 @@ def load_checkpoint(path, stage, env_id, made_by, parts=()):
     if not Path(path).is_file():
         sys.exit(f"error: no checkpoint at {path}: make it with `{made_by}`, or name another one")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        meta = dict(checkpoint["meta"])
+        checkpoint = read_tensors(path)
+        meta = checkpoint["meta"]
+        if not isinstance(checkpoint, dict) or not isinstance(meta, dict):
+            raise ValueError("it holds no dictionary")
     except Exception as e:
         sys.exit(f"error: {path} cannot be read as a checkpoint ({type(e).__name__}): make it again with `{made_by}`")
     for key, want in (("format_version", FORMAT_VERSION), ("stage", stage), ("env_id", env_id)):
-        if meta.get(key) != want:
-            sys.exit(f"error: {path} has {key} {meta.get(key)}, expected {want}: make one with `{made_by}`")
-    if missing := [part for part in parts if part not in checkpoint] + ["args"] * ("args" not in meta):
-        sys.exit(f"error: {path} lacks {', '.join(missing)}: make it again with `{made_by}`")
+        if repr(meta.get(key)) != repr(want):
+            sys.exit(f"error: {path} has {key} {first_line(meta.get(key))}, expected {want}: make one with `{made_by}`")
+    missing = [part for part in parts if part not in checkpoint] + ["args"] * ("args" not in meta)
+    missing += [key for key in ("num_levels", "start_level") if type(meta.get(key)) is not int or not 0 <= meta[key] < 2**31]
+    for part in ("args", "pretrain_args"):
+        sizes = meta.get(part, {})
+        if isinstance(sizes, dict):
+            wrong = [key for key in SIZES & sizes.keys() if type(sizes[key]) not in (int, float) or not 0 < sizes[key] < 1e6]
+            missing += [f"{part}.{key}" for key in sorted(wrong)]
+        else:
+            missing.append(part)
+    if missing:
+        sys.exit(f"error: {path} lacks or misstates {', '.join(missing)}: make it again with `{made_by}`")
     return checkpoint
 
 
-def collect(act, env, split_dir, num_frames, progress):
+def load_network(build, state, path, made_by):
+    """build() with a checkpoint's weights; refuses, in one sentence, weights of other shapes or types, before any memory is taken for them."""
+    try:
+        with torch.device("meta"):
+            network = build()
+        network.load_state_dict(state, assign=True)
+        for name, tensor in network.state_dict().items():
+            if (tensor.dtype, tensor.layout, tensor.device.type) != (torch.float32, torch.strided, "cpu"):
+                raise ValueError(f"{name} is not a float32 tensor")
+    except Exception as e:
+        sys.exit(f"error: the weights in {path} do not fit its arguments ({first_line(e)}): make it again with `{made_by}`")
+    return network
+
+
+def checksum(path):
+    """BLAKE2b of a file, read in pieces."""
+    digest = hashlib.blake2b()
+    with open(path, "rb") as f:
+        while piece := f.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def allocate(path, dtype, shape):
+    """A new memory-mapped .npy with its place on the disk taken, so that a full one shows now and not as a crash while writing."""
+    try:
+        array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+        with open(path, "r+b") as f:
+            os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+    except OSError as e:
+        gb = np.dtype(dtype).itemsize * math.prod(shape) / 1e9
+        sys.exit(f"error: {path} cannot be made ({e.strerror}), it takes {gb:.3g} GB: make room there, then run the same command again")
+    return array
+
+
+def collect(act, env, split_dir, num_frames, progress, resumed=None, save=None):
     """Plays num_frames frames and writes them env by env, so that rows are consecutive in time; memory holds one step of all envs.
 
-    Returns the returns of the episodes that ended. Env e fills rows e*T .. (e+1)*T-1; its first row is marked `first`.
+    Returns the returns of the episodes that ended. Env e fills rows e*T .. (e+1)*T-1; its first row is marked `first`. save(t, start, first,
+    episode_returns) is called after every step, with all before it on disk once sync() has been called; `resumed` is what it was given.
     """
     num_envs, T = env.num, num_frames // env.num
     split_dir.mkdir(parents=True, exist_ok=True)
 
-    def create(name, dtype, *shape):
-        return np.lib.format.open_memmap(split_dir / f"{name}.npy", "w+", dtype, (num_envs * T, *shape))
+    def array(name, dtype, *shape):
+        path, shape = split_dir / f"{name}.npy", (num_envs * T, *shape)
+        if not resumed:
+            return allocate(path, dtype, shape)
+        try:
+            opened = np.lib.format.open_memmap(path, "r+")
+        except (OSError, ValueError) as e:
+            sys.exit(f"error: {path} is missing or damaged ({e}), so that collecting cannot go on: start afresh with --overwrite")
+        if opened.shape != shape or opened.dtype != dtype:
+            sys.exit(f"error: {path} has shape {opened.shape}, expected {shape}, so that collecting cannot go on: start afresh with --overwrite")
+        return opened
 
-    header, fd = create("frames", np.uint8, 64, 64, 3).offset, os.open(split_dir / "frames.npy", os.O_RDWR)
-    per_row = [create(*spec) for spec in (("first", bool), ("actions", np.int8), ("rewards", np.float32), ("returns", np.float32))]
-    firsts, actions, rewards, returns = (array.reshape(num_envs, T) for array in per_row)  # views, row e*T + t is [e, t]
-    returns[:] = np.nan
-    start, episode_returns = np.zeros(num_envs, dtype=int), []
-    for t in range(T):
-        _, obs, first = env.observe()
-        obs = obs["rgb"]
-        action = act(obs)
-        firsts[:, t], actions[:, t] = first if t else True, action
+    header, fd = array("frames", np.uint8, 64, 64, 3).offset, os.open(split_dir / "frames.npy", os.O_RDWR)
+    per_row = [array(*spec) for spec in (("first", bool), ("actions", np.int8), ("rewards", np.float32), ("returns", np.float32))]
+    firsts, actions, rewards, returns = (column.reshape(num_envs, T) for column in per_row)  # views, row e*T + t is [e, t]
+
+    def sync():
+        os.fsync(fd)
+        for column in per_row:
+            column.flush()
+
+    if resumed:
+        first_t, start, first, episode_returns = resumed
         for e in range(num_envs):
-            os.pwrite(fd, obs[e], header + (e * T + t) * obs[e].nbytes)  # pages of a memory map would count as this process's memory
+            returns[e, start[e] :] = np.nan  # of episodes that end after the state was saved
+    else:
+        first_t, start, first, episode_returns = 0, np.zeros(num_envs, dtype=int), np.ones(num_envs, dtype=bool), []
+        returns[:] = np.nan
+    progress.update(first_t * num_envs)
+    for t in range(first_t, T):
+        obs = env.observe()[1]["rgb"]
+        action = act(obs)
+        firsts[:, t], actions[:, t] = first, action
+        for e in range(num_envs):
+            # pages of a memory map would count as this process's memory; the file has its place on the disk already
+            if os.pwrite(fd, obs[e], header + (e * T + t) * obs[e].nbytes) < obs[e].nbytes:
+                raise OSError(errno.ENOSPC, "only part of a frame could be written", str(split_dir / "frames.npy"))
         env.act(action)
         rewards[:, t], _, first = env.observe()
         for e in np.flatnonzero(first):  # an episode ended with this reward
@@ -341,11 +587,20 @@ def collect(act, env, split_dir, num_frames, progress):
             episode_returns.append(float(returns[e, t]))
             start[e] = t + 1
         progress.update(num_envs)
-    os.fsync(fd)
+        if save:
+            save(sync, (t + 1, start, first, episode_returns))
+    sync()
     os.close(fd)
-    for array in per_row:
-        array.flush()
     return np.array(episode_returns)
+
+
+def written_by(path, args):
+    """Whether a dataset's meta.json was written by a run with these arguments."""
+    try:
+        before = json.loads(path.read_text())["args"]
+        return all(before[key] == value for key, value in asdict(args).items() if key not in NOT_COMPARED)
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
 
 
 def mean_and_stderr(x):
@@ -363,9 +618,11 @@ if __name__ == "__main__":
         sys.exit(f"error: --num-minibatches {args.num_minibatches} does not divide num_envs x num_steps = {batch_size}: choose a divisor")
     data_dir = Path(args.data_dir or f"data/{args.env_id}")
     run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
-    for done in [run_dir / "results.json"] + [data_dir / "meta.json"] * (args.num_train_frames > 0):
-        if done.exists() and not args.overwrite:
-            sys.exit(f"error: {done.parent} already holds a finished run: add --overwrite to replace it, or choose another place")
+    for last in [run_dir / "results.json"] + [data_dir / "meta.json"] * (args.num_train_frames > 0):
+        # an unfinished run may have been interrupted after its last file but one, the dataset's meta.json
+        own = last.name == "meta.json" and (run_dir / "resume.pt").exists() and written_by(last, args)
+        if last.exists() and not own and not args.overwrite:
+            sys.exit(f"error: {last.parent} already holds a finished run: add --overwrite to replace it, or choose another place")
     for split, n in (("train", args.num_train_frames), ("test", args.num_test_frames)):
         if args.num_train_frames and n < 3 * args.num_envs:
             sys.exit(f"error: --num-{split}-frames {n} is less than 3 frames (one window) for each of {args.num_envs} envs: ask for more")
@@ -375,13 +632,18 @@ if __name__ == "__main__":
     if args.expert_checkpoint or args.init_checkpoint:
         command = f"python collect_expert_data.py --env-id {args.env_id}"
         loaded = load_checkpoint(args.expert_checkpoint or args.init_checkpoint, "collect_expert_data", args.env_id, command, ("model",))
-        args.scale = loaded["meta"]["args"]["scale"]
+        args.scale = loaded["meta"]["args"].get("scale")
+        demonstrator = load_network(lambda: Agent(args.scale), loaded["model"], args.expert_checkpoint or args.init_checkpoint, command)
     num_levels, start_level = (
         (loaded["meta"][key] if loaded else 0) if given is None else given
         for key, given in (("num_levels", args.num_levels), ("start_level", args.start_level))
     )
 
-    writer = make_writer(run_dir, args)
+    if args.num_train_frames:
+        lock_folder(data_dir)
+    writer, state = start_run(run_dir, args)
+    if args.num_train_frames and not state:
+        (data_dir / "meta.json").unlink(missing_ok=True)  # no meta.json, no dataset: an interrupted one cannot pass for whole
 
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -389,14 +651,29 @@ if __name__ == "__main__":
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
-    start_time = time.time()
+    start_time = time.time() - (state["meta"]["wall_seconds"] if state else 0)
 
-    agent = Agent(args.scale).to(device).to(memory_format=torch.channels_last)
-    if loaded:
-        agent.load_state_dict(loaded["model"])
+    agent = (demonstrator if loaded else Agent(args.scale)).to(device).to(memory_format=torch.channels_last)
     meta = {"stage": "collect_expert_data", "env_id": args.env_id, "num_levels": num_levels, "start_level": start_level, "args": asdict(args)}
-    curve = []  # (frames, mean return of the last 100 episodes)
-    if not args.expert_checkpoint:
+    generator, checkpointer = torch.Generator(device).manual_seed(args.seed), Checkpointer(args.checkpoint_seconds)
+    # what is done: frames, PPO iterations, (frames, mean return of the last 100 episodes), the demonstrator's returns, the splits written
+    done = {"step": 0, "iteration": 0, "curve": [], "scores": None, "splits": {}}
+    if state:
+        with refusing_damage(run_dir / "resume.pt"):
+            done = {key: state["meta"][key] for key in done}
+            agent.load_state_dict(state["agent"])
+            set_rng_state(state["rng"], generator)
+    curve = done["curve"]
+
+    def save(**states):
+        """Everything that an interrupted run goes on from."""
+        progress_meta = {**done, "wall_seconds": time.time() - start_time}
+        writer.flush()
+        save_checkpoint(run_dir / "resume.pt", {**meta, **progress_meta}, rng=get_rng_state(generator), agent=agent.state_dict(), **states)
+        checkpointer.saved(run_dir)
+
+    num_iterations = 0 if args.expert_checkpoint else max(1, args.total_timesteps // batch_size)
+    if done["iteration"] < num_iterations:
         optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
         env = make_env(args.env_id, args.num_envs, num_levels, start_level, args.seed)
         normalize_reward = RewardNormalizer(args.num_envs, args.gamma)
@@ -407,11 +684,19 @@ if __name__ == "__main__":
         logprobs, rewards, dones, values = (torch.zeros((T, E), device=device) for _ in range(4))
         next_obs = torch.tensor(env.observe()[1]["rgb"], device=device)
         next_done = torch.zeros(E, device=device)
-        episode_return, recent_returns, last_save = np.zeros(E), deque(maxlen=100), time.time()
-        num_iterations = max(1, args.total_timesteps // batch_size)
-        progress = tqdm(total=num_iterations * batch_size, unit="frame", unit_scale=True, desc="PPO", mininterval=1)
+        episode_return, recent_returns = np.zeros(E), deque(maxlen=100)
+        if done["iteration"]:
+            with refusing_damage(run_dir / "resume.pt"):
+                optimizer.load_state_dict(state["optimizer"])
+                normalize_reward.load_state_dict(state["normalize_reward"])
+                set_env_state(env, state["env"])
+                next_obs, next_done, episode_return = state["next_obs"].to(device), state["next_done"].to(device), state["episode_return"].numpy()
+                recent_returns.extend(state["recent_returns"].tolist())
+        progress = tqdm(
+            total=num_iterations * batch_size, initial=done["step"], unit="frame", unit_scale=True, desc="PPO", mininterval=1
+        )  # fmt: skip
 
-        for iteration in range(num_iterations):
+        for iteration in range(done["iteration"], num_iterations):
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / num_iterations)
 
@@ -453,7 +738,9 @@ if __name__ == "__main__":
                         loss, stats = ppo_loss(logits, newvalue, b_actions[i], b_logprobs[i], adv, b_returns[i], b_values[i], args)
                         (loss * len(i) / len(mb)).backward()  # gradients add up to those of the minibatch's mean
                         logged.append(stats)
-                    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                    grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                    if not torch.isfinite(grad_norm):
+                        refuse_bad_numbers(run_dir, iteration, mb.cpu(), {"loss": loss.item(), "gradient norm": grad_norm.item()})
                     optimizer.step()
 
             # logs
@@ -469,13 +756,14 @@ if __name__ == "__main__":
                 writer.add_scalar(f"losses/{name}", value, global_step)
             explained = 1 - (b_returns - b_values).var() / b_returns.var()
             writer.add_scalar("losses/explained_variance", explained.item(), global_step)
-            if time.time() - last_save > 60 or iteration == num_iterations - 1:
+            done["step"], done["iteration"] = global_step, iteration + 1
+            if checkpointer.due() or iteration == num_iterations - 1:
                 save_checkpoint(run_dir / "checkpoint.pt", {**meta, "frames": global_step}, model=agent.state_dict())
-                last_save = time.time()
+                running = {"episode_return": torch.tensor(episode_return), "recent_returns": torch.tensor(list(recent_returns), dtype=torch.float64)}
+                running |= {"next_obs": next_obs, "next_done": next_done, "env": get_env_state(env)}
+                save(optimizer=optimizer.state_dict(), normalize_reward=normalize_reward.state_dict(), **running)
         progress.close()
         env.close()
-
-    generator = torch.Generator(device).manual_seed(args.seed)
 
     @torch.inference_mode()
     def act(obs):
@@ -483,15 +771,18 @@ if __name__ == "__main__":
             logits, _ = agent(torch.as_tensor(obs, device=device))
         return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1).cpu().numpy().astype(np.int32)
 
-    env = make_env(args.env_id, min(args.num_envs, args.eval_episodes), num_levels, start_level, args.seed + 1)
-    print(f"scoring the demonstrator over {args.eval_episodes} episodes ...")
-    scores = evaluate(act, env, args.eval_episodes, run_dir / "demonstrator.gif" if args.capture_video else None)
-    env.close()
-    mean, stderr = mean_and_stderr(scores)
-    writer.add_scalar("eval/return_mean", mean, 0)
+    if done["scores"] is None:
+        env = make_env(args.env_id, min(args.num_envs, args.eval_episodes), num_levels, start_level, args.seed + 1)
+        print(f"scoring the demonstrator over {args.eval_episodes} episodes ...")
+        generator.manual_seed(args.seed)
+        scores = evaluate(act, env, args.eval_episodes, run_dir / "demonstrator.gif" if args.capture_video else None)
+        env.close()
+        done["scores"] = scores.tolist()
+        save()
+    mean, stderr = mean_and_stderr(done["scores"])
     results = {
         "stage": "collect_expert_data", "env_id": args.env_id, "seed": args.seed, "num_levels": num_levels,
-        "start_level": start_level, "frames": 0 if args.expert_checkpoint else global_step, "return_mean": mean, "return_stderr": stderr,
+        "start_level": start_level, "frames": num_iterations * batch_size, "return_mean": mean, "return_stderr": stderr,
         "episodes": args.eval_episodes, "device": str(device), "torch": torch.__version__, "command": "python " + " ".join(sys.argv),
         "args": asdict(args), "curve": curve[:: max(1, len(curve) // 200)],
     }  # fmt: skip
@@ -500,30 +791,46 @@ if __name__ == "__main__":
         # Held-out levels: the lower half of all seeds for training, the upper half for testing
         restricted = (num_levels, start_level)
         levels = {"train": restricted, "test": restricted} if num_levels else {"train": (2**30, 0), "test": (2**30 - 1, 2**30)}
-        splits = {}
-        (data_dir / "meta.json").unlink(missing_ok=True)  # no meta.json, no dataset: an interrupted one cannot pass for whole
         for i, (split, num_frames) in enumerate((("train", args.num_train_frames), ("test", args.num_test_frames))):
+            if split in done["splits"]:
+                continue
             split_levels, split_start = levels[split]
             num_frames -= num_frames % args.num_envs
-            env = make_env(args.env_id, args.num_envs, split_levels, split_start, args.seed + 2 + i)
+            env, resumed = make_env(args.env_id, args.num_envs, split_levels, split_start, args.seed + 2 + i), None
+            if state and "collecting" in state and state["meta"]["scores"] is not None and split not in state["meta"]["splits"]:
+                with refusing_damage(run_dir / "resume.pt"):
+                    set_env_state(env, state["env"])
+                    resumed = [state["collecting"][k] for k in ("t", "start", "first", "episode_returns")]
+                    resumed = [resumed[0], resumed[1].numpy(), resumed[2].numpy(), resumed[3].tolist()]
+                    state = None  # the next split starts at its beginning
+
+            def save_collecting(sync, now, env=env):
+                if checkpointer.due():
+                    sync()
+                    now = {"t": now[0], "start": torch.tensor(now[1]), "first": torch.tensor(now[2]), "episode_returns": torch.tensor(now[3])}
+                    save(collecting=now, env=get_env_state(env))
+
             with tqdm(total=num_frames, unit="frame", unit_scale=True, desc=f"collect {split}") as progress:
-                episodes = collect(act, env, data_dir / split, num_frames, progress)
+                episodes = collect(act, env, data_dir / split, num_frames, progress, resumed, save_collecting)
             env.close()
             split_mean, split_stderr = mean_and_stderr(episodes) if len(episodes) > 1 else (None, None)
-            splits[split] = {
+            done["splits"][split] = {
                 "num_frames": num_frames, "num_envs": args.num_envs, "episodes": len(episodes), "return_mean": split_mean,
                 "return_stderr": split_stderr, "num_levels": split_levels, "start_level": split_start, "seed": args.seed + 2 + i,
+                "checksums": {path.name: checksum(path) for path in sorted((data_dir / split).glob("*.npy"))},
             }  # fmt: skip
+            save()
         dataset_meta = {
             "format_version": FORMAT_VERSION, "env_id": args.env_id, "distribution_mode": "easy", "num_levels": num_levels,
-            "start_level": start_level, "seed": args.seed, "splits": splits, "args": asdict(args),
+            "start_level": start_level, "seed": args.seed, "splits": done["splits"], "args": asdict(args),
             "demonstrator": {"return_mean": mean, "return_stderr": stderr, "episodes": args.eval_episodes},
         }  # fmt: skip
-        (data_dir / "meta.json.tmp").write_text(json.dumps(dataset_meta, indent=2))
-        os.replace(data_dir / "meta.json.tmp", data_dir / "meta.json")
+        write_aside(data_dir / "meta.json", lambda f: f.write(json.dumps(dataset_meta, indent=2).encode()))
 
+    writer.add_scalar("eval/return_mean", mean, 0)
     results["wall_seconds"] = round(time.time() - start_time, 1)
-    (run_dir / "results.json").write_text(json.dumps(results, indent=2))
+    write_aside(run_dir / "results.json", lambda f: f.write(json.dumps(results, indent=2).encode()))
+    (run_dir / "resume.pt").unlink(missing_ok=True)
     writer.close()
     print(f"demonstrator on {args.env_id}: return {mean:.2f} +- {stderr:.2f} over {args.eval_episodes} episodes")
     print(f"wrote {run_dir}" + (f" and {data_dir}; next: python lapo_pretrain.py --env-id {args.env_id}" if args.num_train_frames else ""))

@@ -18,12 +18,20 @@ Next:
     python lapo_finetune_ppo.py --env-id bossfight     (reinforcement learning)
 """
 
+import contextlib
+import fcntl
+import hashlib
 import json
+import math
 import mmap
 import os
 import random
+import shlex
+import signal
 import sys
+import threading
 import time
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,6 +46,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm, trange
 
 FORMAT_VERSION = 1  # of checkpoints and datasets
+NOT_COMPARED = {"resume", "overwrite", "track", "wandb_project_name", "wandb_entity", "checkpoint_seconds"}  # may change when a run goes on
+# numbers in checkpoints that networks are built from
+SIZES = {"scale", "idm_scale", "policy_scale", "vq_num_codebooks", "vq_num_slots", "vq_dim"}
+LOCKS = []  # open files, locked as long as this process lives
 
 
 @dataclass
@@ -62,11 +74,17 @@ class Args:
     """where run folders (TensorBoard logs, checkpoint.pt, results.json) are made"""
     overwrite: bool = False
     """replace a finished run of the same name"""
+    resume: bool = False
+    """go on with the unfinished run in the run folder, or say that there is none; one with the same arguments goes on by itself"""
+    checkpoint_seconds: float = 60.0
+    """seconds between checkpoints from which an interrupted run goes on"""
 
     env_id: str = "bossfight"
     """the Procgen game, one of the 16"""
     data_dir: str | None = None
     """the dataset of collect_expert_data.py; default data/ENV_ID"""
+    verify: bool = False
+    """check every file of the dataset against its checksum first (sizes and headers are always checked)"""
     pretrain_checkpoint: str | None = None
     """the checkpoint of lapo_pretrain.py; default RUNS_DIR/ENV_ID__lapo_pretrain__SEED/checkpoint.pt"""
 
@@ -153,29 +171,163 @@ def require(args, **minimum):
             sys.exit(f"error: --{name.replace('_', '-')} is {value}, expected at least {least}")
 
 
-def make_writer(run_dir, args):
-    """A fresh run folder with TensorBoard (and, with --track, Weights and Biases) logs and the hyperparameters."""
+def read_tensors(path):
+    """A file of save_checkpoint's. Runs no code from it and takes no more memory than it has bytes; raises some exception if it is something else."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+    if any(r.compress_type != zipfile.ZIP_STORED for r in records) or sum(r.file_size for r in records) > os.path.getsize(path):
+        raise ValueError("its records are compressed or overlap")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def first_line(found):
+    """What to quote of an error, or of a value in a file, in a sentence."""
+    try:
+        return " ".join(str(found).split())[:200] or type(found).__name__
+    except RecursionError:
+        return type(found).__name__
+
+
+def one_sentence(kind, error, traceback):
+    """sys.excepthook: what goes wrong with files (a full disk, a read-only or deleted folder) ends in one sentence, not in a traceback."""
+    if issubclass(kind, OSError):
+        where = error.filename or "a file of this run"
+        print(
+            f"error: {where}: {error.strerror or error}; what was saved before is intact: mend that, then run the same command again", file=sys.stderr
+        )
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+def lock_folder(folder):
+    """Makes a folder if need be and locks it until this process ends; refuses, in one sentence, what another process is writing to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+    except OSError as e:
+        sys.exit(f"error: the folder {folder} cannot be made or written to ({e.strerror}): choose another, see --runs-dir and --data-dir")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        sys.exit(f"error: another process is at work in {folder}: wait until it ends, or choose another folder (--exp-name, --seed, --data-dir)")
+    LOCKS.append(lock)
+
+
+def start_run(run_dir, args):
+    """The run folder, locked for this process: its log writer, and the state of an unfinished run with the same arguments or None."""
     if args.track:
         try:
             import wandb
         except ImportError:
             sys.exit("error: --track needs wandb, which is not installed: `pip install wandb`, or leave --track out")
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=vars(args), name=run_dir.name)
+    sys.excepthook = one_sentence
+    # what stops the log writer's thread is raised again where something is logged
+    threading.excepthook = lambda e: None if issubclass(e.exc_type, OSError) else threading.__excepthook__(e)
+    lock_folder(run_dir)
+    state, resume_path = None, run_dir / "resume.pt"
+    if resume_path.exists() and not args.overwrite:
+        mend = "add --overwrite to start afresh, or choose another --exp-name or --seed"
+        try:
+            state = read_tensors(resume_path)
+            meta = state["meta"]
+            if type(meta["format_version"]) is int and meta["format_version"] != FORMAT_VERSION:
+                found = f"format_version {meta['format_version']}, expected {FORMAT_VERSION}"
+                sys.exit(f"error: {resume_path} has {found}: finish the run with the version that began it, {mend}")
+            if not isinstance(meta["args"], dict) or type(meta["wall_seconds"]) is not float or not 0 <= int(meta["step"]) < 2**62:
+                raise ValueError("its description is damaged")
+        except Exception as e:
+            sys.exit(f"error: {resume_path} cannot be read ({first_line(e)}), so that the unfinished run in its folder cannot go on: {mend}")
+        now = {key: value for key, value in asdict(args).items() if key not in NOT_COMPARED}
+        changed = [key for key, value in now.items() if repr(meta["args"].get(key)) != repr(value)]
+        if changed:
+            found = ", ".join(f"--{key.replace('_', '-')} {first_line(meta['args'].get(key))} (now {now[key]})" for key in changed)
+            sys.exit(f"error: {run_dir} holds an unfinished run with other arguments, {found}: give the same to go on, {mend}")
+        print(f"going on with the unfinished run in {run_dir}")
+    elif args.resume:
+        sys.exit(f"error: --resume, but {run_dir} holds no unfinished run: leave --resume out to start one")
+    if not state:
+        replaced = [run_dir / "checkpoint.pt"] * args.overwrite
+        for old in [*replaced, resume_path, run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
+            old.unlink(missing_ok=True)
+    writer = SummaryWriter(run_dir, purge_step=int(state["meta"]["step"]) + 1 if state else None)  # what was logged after the state does not count
+    if not state:
+        writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    return writer, state
+
+
+@contextlib.contextmanager
+def refusing_damage(path):
+    """Turns what goes wrong while a run's state is restored into one sentence."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        sys.exit(f"error: the run folder {run_dir} cannot be made ({e.strerror}): choose another --runs-dir")
-    for old in [run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
-        old.unlink(missing_ok=True)
-    writer = SummaryWriter(run_dir)
-    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
-    return writer
+        yield
+    except Exception as e:
+        sys.exit(f"error: {path} is damaged, so that the unfinished run in its folder cannot go on ({first_line(e)}): start afresh with --overwrite")
+
+
+class Checkpointer:
+    """Says when to save: every `seconds`, and once SIGINT or SIGTERM has come (which a second time ends the process as usual)."""
+
+    def __init__(self, seconds):
+        self.seconds, self.last, self.stop = seconds, time.time(), False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.request)
+
+    def request(self, number, _):
+        self.stop = True
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    def due(self):
+        return self.stop or time.time() - self.last >= self.seconds
+
+    def saved(self, run_dir):
+        """To be called after saving; ends the process if that was asked for."""
+        self.last = time.time()
+        if self.stop:
+            print(f"\nstopped and saved in {run_dir}; go on with: python {shlex.join(arg for arg in sys.argv if arg != '--overwrite')}")
+            sys.exit(0)
+
+
+def get_rng_state(*generators):
+    """The states of torch's random generators and of the given numpy or torch ones, as tensors and text."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    given = [json.dumps(g.bit_generator.state) if isinstance(g, np.random.Generator) else g.get_state() for g in generators]
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "given": given}
+
+
+def set_rng_state(state, *generators):
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    for g, given in zip(generators, state["given"]):
+        if isinstance(g, np.random.Generator):
+            g.bit_generator.state = json.loads(given)
+        else:
+            g.set_state(given)
 
 
 def save_checkpoint(path, meta, **states):
-    """Tensors and plain values only (loads with weights_only=True); written aside, then renamed, so never half there."""
-    torch.save({"meta": {"format_version": FORMAT_VERSION, **meta}, **states}, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    """Tensors and plain values only (loads with weights_only=True); written aside, flushed to disk, then renamed: there is a whole file or none."""
+    write_aside(path, lambda f: torch.save({"meta": {"format_version": FORMAT_VERSION, **meta}, **states}, f))
+
+
+def write_aside(path, write):
+    """Writes a file next to its place, flushes it to disk, then renames it; what was at `path` stays if that fails."""
+    tmp = Path(f"{path}.tmp")
+    try:
+        with open(tmp, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+        folder = os.open(tmp.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name, too
+        os.close(folder)
+    except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
+        with contextlib.suppress(OSError):
+            tmp.unlink(missing_ok=True)
+        why = getattr(e, "strerror", None) or first_line(e)
+        sys.exit(f"error: {path} cannot be written ({why}); what was saved before is intact: make room there, then run the same command again")
 
 
 def load_checkpoint(path, stage, env_id, made_by, parts=()):
@@ -183,16 +335,41 @@ def load_checkpoint(path, stage, env_id, made_by, parts=()):
     if not Path(path).is_file():
         sys.exit(f"error: no checkpoint at {path}: make it with `{made_by}`, or name another one")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        meta = dict(checkpoint["meta"])
+        checkpoint = read_tensors(path)
+        meta = checkpoint["meta"]
+        if not isinstance(checkpoint, dict) or not isinstance(meta, dict):
+            raise ValueError("it holds no dictionary")
     except Exception as e:
         sys.exit(f"error: {path} cannot be read as a checkpoint ({type(e).__name__}): make it again with `{made_by}`")
     for key, want in (("format_version", FORMAT_VERSION), ("stage", stage), ("env_id", env_id)):
-        if meta.get(key) != want:
-            sys.exit(f"error: {path} has {key} {meta.get(key)}, expected {want}: make one with `{made_by}`")
-    if missing := [part for part in parts if part not in checkpoint] + ["args"] * ("args" not in meta):
-        sys.exit(f"error: {path} lacks {', '.join(missing)}: make it again with `{made_by}`")
+        if repr(meta.get(key)) != repr(want):
+            sys.exit(f"error: {path} has {key} {first_line(meta.get(key))}, expected {want}: make one with `{made_by}`")
+    missing = [part for part in parts if part not in checkpoint] + ["args"] * ("args" not in meta)
+    missing += [key for key in ("num_levels", "start_level") if type(meta.get(key)) is not int or not 0 <= meta[key] < 2**31]
+    for part in ("args", "pretrain_args"):
+        sizes = meta.get(part, {})
+        if isinstance(sizes, dict):
+            wrong = [key for key in SIZES & sizes.keys() if type(sizes[key]) not in (int, float) or not 0 < sizes[key] < 1e6]
+            missing += [f"{part}.{key}" for key in sorted(wrong)]
+        else:
+            missing.append(part)
+    if missing:
+        sys.exit(f"error: {path} lacks or misstates {', '.join(missing)}: make it again with `{made_by}`")
     return checkpoint
+
+
+def load_network(build, state, path, made_by):
+    """build() with a checkpoint's weights; refuses, in one sentence, weights of other shapes or types, before any memory is taken for them."""
+    try:
+        with torch.device("meta"):
+            network = build()
+        network.load_state_dict(state, assign=True)
+        for name, tensor in network.state_dict().items():
+            if (tensor.dtype, tensor.layout, tensor.device.type) != (torch.float32, torch.strided, "cpu"):
+                raise ValueError(f"{name} is not a float32 tensor")
+    except Exception as e:
+        sys.exit(f"error: the weights in {path} do not fit its arguments ({first_line(e)}): make it again with `{made_by}`")
+    return network
 
 
 def load_meta(data_dir, env_id):
@@ -200,19 +377,48 @@ def load_meta(data_dir, env_id):
     command = f"python collect_expert_data.py --env-id {env_id}"
     try:
         meta = json.loads((Path(data_dir) / "meta.json").read_text())
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         sys.exit(f"error: no dataset at {data_dir} (meta.json is missing): make it with `{command}`, or name another with --data-dir")
-    except ValueError:
+    except (ValueError, RecursionError):
         sys.exit(f"error: {data_dir}/meta.json is not JSON: collect the dataset again with `{command} --overwrite`")
     if not isinstance(meta, dict):
         sys.exit(f"error: {data_dir}/meta.json holds no dictionary: collect the dataset again with `{command} --overwrite`")
     for key, want in (("format_version", FORMAT_VERSION), ("env_id", env_id)):
         if meta.get(key) != want:
-            sys.exit(f"error: {data_dir} has {key} {meta.get(key)}, expected {want}: make one with `{command}`, or name another with --data-dir")
-    missing = [key for key in ("num_levels", "start_level", "splits") if key not in meta]
-    if missing:
-        sys.exit(f"error: {data_dir}/meta.json lacks {', '.join(missing)}: collect the dataset again with `{command} --overwrite`")
+            sys.exit(
+                f"error: {data_dir} has {key} {first_line(meta.get(key))}, expected {want}: make it with `{command}`, or choose another --data-dir"
+            )
+    splits = meta.get("splits") if isinstance(meta.get("splits"), dict) else {}
+    sizes = {split: splits[split].get("num_frames") if isinstance(splits.get(split), dict) else None for split in ("train", "test")}
+    found = {key: meta.get(key) for key in ("num_levels", "start_level")} | {f"splits.{split}.num_frames": n for split, n in sizes.items()}
+    wrong = [key for key, value in found.items() if type(value) is not int or not (3 if "frames" in key else 0) <= value < 2**40]
+    wrong += [key for key in ("num_levels", "start_level") if key not in wrong and meta[key] >= 2**31]
+    if wrong:
+        sys.exit(f"error: {data_dir}/meta.json lacks or misstates {', '.join(wrong)}: collect the dataset again with `{command} --overwrite`")
     return meta
+
+
+def checksum(path):
+    """BLAKE2b of a file, read in pieces."""
+    digest = hashlib.blake2b()
+    with open(path, "rb") as f:
+        while piece := f.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def verify_dataset(data_dir, meta):
+    """Compares every file of a dataset with its checksum in meta.json; refuses, in one sentence, one that has changed."""
+    for split in ("train", "test"):
+        checksums = meta["splits"][split].get("checksums")
+        if not isinstance(checksums, dict):
+            sys.exit(f"error: {data_dir}/meta.json holds no checksums for --verify: leave that out, or collect the dataset again")
+        for name in ("frames.npy", "first.npy", "actions.npy", "rewards.npy", "returns.npy"):
+            path = Path(data_dir) / split / name
+            if path.exists():
+                if checksum(path) != checksums.get(name):
+                    sys.exit(f"error: {path} is not what its checksum in meta.json says: collect the dataset again")
+    print(f"{data_dir}: every file is what its checksum says")
 
 
 def load_array(data_dir, split, name, shape, dtype):
@@ -220,11 +426,11 @@ def load_array(data_dir, split, name, shape, dtype):
     path = Path(data_dir) / split / f"{name}.npy"
     try:
         array = np.lib.format.open_memmap(path, mode="r")  # refuses pickles
-    except (OSError, ValueError, EOFError) as e:
-        why = str(e).splitlines()[0]
-        sys.exit(f"error: {path} is missing or damaged ({why}): collect the dataset again with collect_expert_data.py --overwrite")
-    if array.shape != shape or array.dtype != dtype:
-        found = f"{array.shape} {array.dtype}, expected {shape} {np.dtype(dtype)}"
+    except Exception as e:  # NumPy's parser of headers lets many kinds through
+        sys.exit(f"error: {path} is missing or damaged ({first_line(e)}): collect the dataset again with collect_expert_data.py --overwrite")
+    size = array.offset + array.nbytes
+    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous or path.stat().st_size != size:
+        found = f"{array.shape} {array.dtype}, expected {shape} {np.dtype(dtype)}, in C order and in {size} bytes"
         sys.exit(f"error: {path} holds {found}: collect the dataset again with collect_expert_data.py --overwrite")
     return array
 
@@ -241,6 +447,18 @@ def load_frames(data_dir, split, meta):
 def forget_pages(array):
     """What was read of a memory-mapped array leaves this process's memory; it stays in the system's page cache."""
     array.base.madvise(mmap.MADV_DONTNEED)
+
+
+def allocate(path, dtype, shape):
+    """A new memory-mapped .npy with its place on the disk taken, so that a full one shows now and not as a crash while writing."""
+    try:
+        array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+        with open(path, "r+b") as f:
+            os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+    except OSError as e:
+        gb = np.dtype(dtype).itemsize * math.prod(shape) / 1e9
+        sys.exit(f"error: {path} cannot be made ({e.strerror}), it takes {gb:.3g} GB: make room there, then run the same command again")
+    return array
 
 
 def get_windows(frames, t, device):
@@ -262,6 +480,21 @@ def mean_and_std(array, chunk=65_536):
     return torch.from_numpy(mean).float(), torch.from_numpy(np.sqrt(np.maximum(squares / n - mean**2, 0)) + 1e-6).float()
 
 
+def refuse_bad_numbers(run_dir, update, batch, numbers):
+    """Ends the process before a loss or gradient that is not finite reaches the parameters or a checkpoint; notes the batch."""
+    write_aside(run_dir / "bad_batch.json", lambda f: f.write(json.dumps({"update": update, "indices": np.asarray(batch).tolist()}).encode()))
+    found = ", ".join(f"{name} {value}" for name, value in numbers.items())
+    sys.exit(
+        f"error: update {update} met numbers that are not finite ({found}); its batch is in {run_dir}/bad_batch.json, the checkpoint of the last "
+        "good update is intact: lower --learning-rate or try --no-bf16 with --overwrite, or look at these frames"
+    )
+
+
+def num_latents(pretrain_args):
+    """Dimensions of the latent, N x H x D."""
+    return pretrain_args["vq_num_codebooks"] * pretrain_args["vq_num_slots"] * pretrain_args["vq_dim"]
+
+
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if args.env_id not in ENV_NAMES:
@@ -272,13 +505,21 @@ if __name__ == "__main__":
     if (run_dir / "results.json").exists() and not args.overwrite:
         sys.exit(f"error: {run_dir} already holds a finished run: add --overwrite to replace it, or choose another --exp-name or --seed")
     pretrain_path = args.pretrain_checkpoint or Path(args.runs_dir) / f"{args.env_id}__lapo_pretrain__{args.seed}" / "checkpoint.pt"
-    pretrained = load_checkpoint(pretrain_path, "lapo_pretrain", args.env_id, f"python lapo_pretrain.py --env-id {args.env_id}", ("idm",))
+    made_by = f"python lapo_pretrain.py --env-id {args.env_id}"
+    pretrained = load_checkpoint(pretrain_path, "lapo_pretrain", args.env_id, made_by, ("idm",))
+    pretrain_args = pretrained["meta"]["args"]
+    idm = load_network(lambda: IDM(pretrain_args["idm_scale"], num_latents(pretrain_args)), pretrained["idm"], pretrain_path, made_by)
+    latent_dim = idm.head.out_features
     data_meta = load_meta(data_dir, args.env_id)
+    if args.verify:
+        verify_dataset(data_dir, data_meta)
     train_frames, train_t = load_frames(data_dir, "train", data_meta)
     test_frames, test_t = load_frames(data_dir, "test", data_meta)
     for split, t in (("train", train_t), ("test", test_t)):
         if len(t) < args.batch_size:
             sys.exit(f"error: --batch-size {args.batch_size} exceeds the {len(t)} {split} windows of {data_dir}: lower it or collect more frames")
+
+    writer, state = start_run(run_dir, args)
 
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -286,33 +527,64 @@ if __name__ == "__main__":
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
-    start_time = time.time()
+    start_time = time.time() - (state["meta"]["wall_seconds"] if state else 0)
 
-    pretrain_args = pretrained["meta"]["args"]
-    latent_dim = pretrain_args["vq_num_codebooks"] * pretrain_args["vq_num_slots"] * pretrain_args["vq_dim"]
-    idm = IDM(pretrain_args["idm_scale"], latent_dim).to(device).to(memory_format=torch.channels_last)
-    idm.load_state_dict(pretrained["idm"])
-    idm.eval().requires_grad_(False)
+    idm = idm.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     policy = LatentPolicy(args.policy_scale, latent_dim).to(device).to(memory_format=torch.channels_last)
     optimizer = optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)
-    writer = make_writer(run_dir, args)
 
     def lr_factor(update):
         if update < args.warmup_updates:
             return 0.01 + 0.99 * update / args.warmup_updates
         return 1 - (update - args.warmup_updates) / max(1, args.num_updates - args.warmup_updates)
 
+    meta = {
+        "stage": "lapo_bc", "env_id": args.env_id, "num_levels": data_meta["num_levels"], "start_level": data_meta["start_level"],
+        "demonstrator": data_meta.get("demonstrator"), "data_dir": str(data_dir), "args": asdict(args), "pretrain_args": pretrain_args,
+    }  # fmt: skip
+    rng, checkpointer = np.random.default_rng(args.seed), Checkpointer(args.checkpoint_seconds)
+    modules = {"policy": policy, "optimizer": optimizer}
+    first_update, curve, labelled = 0, [], 0
+    if state:
+        with refusing_damage(run_dir / "resume.pt"):
+            for name, module in modules.items():
+                module.load_state_dict(state[name])
+            set_rng_state(state["rng"], rng)
+            first_update, curve, labelled = (state["meta"][k] for k in ("step", "curve", "labelled"))
+
+    def save(step, labelled):
+        if step:  # the IDM travels along: decoding and fine-tuning label transitions with it
+            states = {"policy": policy.state_dict(), "idm": idm.state_dict(), "latent_mean": latent_mean, "latent_std": latent_std}
+            save_checkpoint(run_dir / "checkpoint.pt", {**meta, "updates": step}, **states)
+        # this last: a run that goes on from here writes the other file again
+        states = {name: module.state_dict() for name, module in modules.items()}
+        progress_meta = {"step": step, "curve": curve, "labelled": labelled, "wall_seconds": time.time() - start_time}
+        writer.flush()
+        save_checkpoint(run_dir / "resume.pt", {**meta, **progress_meta}, rng=get_rng_state(rng), **states)
+        checkpointer.saved(run_dir)
+
     @torch.inference_mode()
-    def label(frames, ts, out):
+    def label(frames, ts, out, start=0, save=None):
         """IDM latents of the windows around ts, written to out (len(ts), latent_dim)."""
-        for i in trange(0, len(ts), 512, unit="batch", desc="label", mininterval=1, leave=False):
+        for i in trange(start, len(ts), 512, unit="batch", desc="label", mininterval=1, leave=False):
             with autocast:
                 out[i : i + 512] = idm(get_windows(frames, ts[i : i + 512], device)).cpu().numpy()
             forget_pages(frames)
+            if save and checkpointer.due():
+                out.flush()
+                save(0, i + 512)
         return out
 
-    train_z = np.lib.format.open_memmap(run_dir / "latents.npy", "w+", np.float32, (len(train_t), latent_dim))  # in order of train_t
-    label(train_frames, train_t, train_z)
+    latents_path, shape = run_dir / "latents.npy", (len(train_t), latent_dim)  # in order of train_t
+    try:
+        train_z = np.lib.format.open_memmap(latents_path, "r+") if labelled else None
+    except (OSError, ValueError):
+        train_z = None
+    if train_z is None or train_z.shape != shape:  # nothing labelled yet, or the file is gone
+        labelled, train_z = 0, allocate(latents_path, np.float32, shape)
+    label(train_frames, train_t, train_z, labelled, save)
+    train_z.flush()
+    labelled = len(train_t)
     latent_mean, latent_std = mean_and_std(train_z)
     test_t = np.sort(np.random.default_rng(0).permutation(test_t)[: args.eval_frames])
     test_z = torch.from_numpy(label(test_frames, test_t, np.zeros((len(test_t), latent_dim), dtype=np.float32)))
@@ -325,13 +597,7 @@ if __name__ == "__main__":
             z = [policy(torch.from_numpy(test_frames[t]).to(device)).cpu() for t in np.array_split(test_t, -(-len(test_t) // 512))]
         return F.mse_loss(torch.cat(z), test_z).item()
 
-    meta = {
-        "stage": "lapo_bc", "env_id": args.env_id, "num_levels": data_meta["num_levels"], "start_level": data_meta["start_level"],
-        "demonstrator": data_meta.get("demonstrator"), "data_dir": str(data_dir), "args": asdict(args), "pretrain_args": pretrain_args,
-    }  # fmt: skip
-    rng = np.random.default_rng(args.seed)
-    curve = []
-    progress = tqdm(range(args.num_updates), unit="update", desc="clone", mininterval=1)
+    progress = tqdm(range(first_update, args.num_updates), initial=first_update, total=args.num_updates, unit="update", desc="clone", mininterval=1)
     for update in progress:
         optimizer.param_groups[0]["lr"] = args.learning_rate * lr_factor(update)
         i = rng.integers(len(train_t), size=args.batch_size)
@@ -340,6 +606,9 @@ if __name__ == "__main__":
         loss = F.mse_loss(z, torch.from_numpy(train_z[i]).to(device))
         optimizer.zero_grad()
         loss.backward()
+        grad_norm = nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])
+        if not torch.isfinite(grad_norm + loss.detach()):
+            refuse_bad_numbers(run_dir, update, train_t[i], {"loss": loss.item(), "gradient norm": grad_norm.item()})
         optimizer.step()
 
         step = update + 1
@@ -354,10 +623,11 @@ if __name__ == "__main__":
             writer.add_scalar("test/latent_mse", test_mse, step)
             writer.add_scalar("test/mean_latent_mse", mean_mse, step)
             curve.append({"update": step, "train/latent_mse": loss.item(), "test/latent_mse": test_mse, "test/mean_latent_mse": mean_mse})
-            # the IDM travels along: decoding and fine-tuning label transitions with it
-            states = {"policy": policy.state_dict(), "idm": idm.state_dict(), "latent_mean": latent_mean, "latent_std": latent_std}
-            save_checkpoint(run_dir / "checkpoint.pt", {**meta, "updates": step}, **states)
             progress.set_postfix_str(f"test MSE {test_mse:.3g} (mean latent {mean_mse:.3g})")
+        if checkpointer.due() or step == args.num_updates:
+            save(step, labelled)
+    if first_update == args.num_updates:  # interrupted after the last update
+        test_mse = evaluate()
 
     wall = time.time() - start_time
     results = {
@@ -366,7 +636,8 @@ if __name__ == "__main__":
         "wall_seconds": round(wall, 1), "device": str(device), "torch": torch.__version__,
         "command": "python " + " ".join(sys.argv), "args": asdict(args),
     }  # fmt: skip
-    (run_dir / "results.json").write_text(json.dumps(results, indent=2))
+    write_aside(run_dir / "results.json", lambda f: f.write(json.dumps(results, indent=2).encode()))
+    (run_dir / "resume.pt").unlink(missing_ok=True)
     writer.close()
     print(f"latent MSE on test frames {test_mse:.3g}, predicting the mean latent {mean_mse:.3g}")
     print(f"wrote {run_dir}; next: python lapo_decode.py --env-id {args.env_id}, or python lapo_finetune_ppo.py --env-id {args.env_id}")

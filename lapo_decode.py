@@ -16,11 +16,18 @@ Next:
     python lapo_finetune_ppo.py --env-id bossfight
 """
 
+import contextlib
+import fcntl
+import hashlib
 import json
 import os
 import random
+import shlex
+import signal
 import sys
+import threading
 import time
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,6 +43,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 FORMAT_VERSION = 1  # of checkpoints and datasets
+NOT_COMPARED = {"resume", "overwrite", "track", "wandb_project_name", "wandb_entity", "checkpoint_seconds"}  # may change when a run goes on
+# numbers in checkpoints that networks are built from
+SIZES = {"scale", "idm_scale", "policy_scale", "vq_num_codebooks", "vq_num_slots", "vq_dim"}
+LOCKS = []  # open files, locked as long as this process lives
 
 # Mean returns of a random policy and of the paper's expert, Procgen easy mode, all levels (paper, appendix)
 PAPER_SCORES = {
@@ -70,6 +81,10 @@ class Args:
     """where run folders (TensorBoard logs, checkpoint.pt, results.json) are made"""
     overwrite: bool = False
     """replace a finished run of the same name"""
+    resume: bool = False
+    """go on with the unfinished run in the run folder, or say that there is none; one with the same arguments goes on by itself"""
+    checkpoint_seconds: float = 60.0
+    """seconds between checkpoints from which an interrupted run goes on"""
 
     env_id: str = "bossfight"
     """the Procgen game, one of the 16"""
@@ -79,6 +94,8 @@ class Args:
     """the first level, if num_levels > 0; default: that of the dataset"""
     data_dir: str | None = None
     """the dataset of collect_expert_data.py; default data/ENV_ID"""
+    verify: bool = False
+    """check every file of the dataset against its checksum first (sizes and headers are always checked)"""
     bc_checkpoint: str | None = None
     """the checkpoint of lapo_bc.py; default RUNS_DIR/ENV_ID__lapo_bc__SEED/checkpoint.pt"""
 
@@ -200,6 +217,15 @@ class ScratchPolicy(nn.Module):
         return self.actor(self.network(obs.permute(0, 3, 1, 2).float() / 255 - 0.5)).float()
 
 
+def load_vectors(checkpoint, names, size, path, made_by):
+    """The named vectors (size,) of a checkpoint; refuses, in one sentence, what is no such thing."""
+    for name in names:
+        vector = checkpoint[name]
+        if not isinstance(vector, torch.Tensor) or (vector.shape, vector.dtype, vector.layout) != ((size,), torch.float32, torch.strided):
+            sys.exit(f"error: {name} in {path} is not {size} float32 numbers: make it again with `{made_by}`")
+    return [checkpoint[name] for name in names]
+
+
 def require(args, **minimum):
     """Refuses, in one sentence, a flag below its minimum."""
     for name, least in minimum.items():
@@ -207,23 +233,139 @@ def require(args, **minimum):
             sys.exit(f"error: --{name.replace('_', '-')} is {value}, expected at least {least}")
 
 
-def make_writer(run_dir, args):
-    """A fresh run folder with TensorBoard (and, with --track, Weights and Biases) logs and the hyperparameters."""
+def read_tensors(path):
+    """A file of save_checkpoint's. Runs no code from it and takes no more memory than it has bytes; raises some exception if it is something else."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+    if any(r.compress_type != zipfile.ZIP_STORED for r in records) or sum(r.file_size for r in records) > os.path.getsize(path):
+        raise ValueError("its records are compressed or overlap")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def first_line(found):
+    """What to quote of an error, or of a value in a file, in a sentence."""
+    try:
+        return " ".join(str(found).split())[:200] or type(found).__name__
+    except RecursionError:
+        return type(found).__name__
+
+
+def one_sentence(kind, error, traceback):
+    """sys.excepthook: what goes wrong with files (a full disk, a read-only or deleted folder) ends in one sentence, not in a traceback."""
+    if issubclass(kind, OSError):
+        where = error.filename or "a file of this run"
+        print(
+            f"error: {where}: {error.strerror or error}; what was saved before is intact: mend that, then run the same command again", file=sys.stderr
+        )
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+def lock_folder(folder):
+    """Makes a folder if need be and locks it until this process ends; refuses, in one sentence, what another process is writing to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+    except OSError as e:
+        sys.exit(f"error: the folder {folder} cannot be made or written to ({e.strerror}): choose another, see --runs-dir and --data-dir")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        sys.exit(f"error: another process is at work in {folder}: wait until it ends, or choose another folder (--exp-name, --seed, --data-dir)")
+    LOCKS.append(lock)
+
+
+def start_run(run_dir, args):
+    """The run folder, locked for this process: its log writer, and the state of an unfinished run with the same arguments or None."""
     if args.track:
         try:
             import wandb
         except ImportError:
             sys.exit("error: --track needs wandb, which is not installed: `pip install wandb`, or leave --track out")
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=vars(args), name=run_dir.name)
+    sys.excepthook = one_sentence
+    # what stops the log writer's thread is raised again where something is logged
+    threading.excepthook = lambda e: None if issubclass(e.exc_type, OSError) else threading.__excepthook__(e)
+    lock_folder(run_dir)
+    state, resume_path = None, run_dir / "resume.pt"
+    if resume_path.exists() and not args.overwrite:
+        mend = "add --overwrite to start afresh, or choose another --exp-name or --seed"
+        try:
+            state = read_tensors(resume_path)
+            meta = state["meta"]
+            if type(meta["format_version"]) is int and meta["format_version"] != FORMAT_VERSION:
+                found = f"format_version {meta['format_version']}, expected {FORMAT_VERSION}"
+                sys.exit(f"error: {resume_path} has {found}: finish the run with the version that began it, {mend}")
+            if not isinstance(meta["args"], dict) or type(meta["wall_seconds"]) is not float or not 0 <= int(meta["step"]) < 2**62:
+                raise ValueError("its description is damaged")
+        except Exception as e:
+            sys.exit(f"error: {resume_path} cannot be read ({first_line(e)}), so that the unfinished run in its folder cannot go on: {mend}")
+        now = {key: value for key, value in asdict(args).items() if key not in NOT_COMPARED}
+        changed = [key for key, value in now.items() if repr(meta["args"].get(key)) != repr(value)]
+        if changed:
+            found = ", ".join(f"--{key.replace('_', '-')} {first_line(meta['args'].get(key))} (now {now[key]})" for key in changed)
+            sys.exit(f"error: {run_dir} holds an unfinished run with other arguments, {found}: give the same to go on, {mend}")
+        print(f"going on with the unfinished run in {run_dir}")
+    elif args.resume:
+        sys.exit(f"error: --resume, but {run_dir} holds no unfinished run: leave --resume out to start one")
+    if not state:
+        replaced = [run_dir / "checkpoint.pt"] * args.overwrite
+        for old in [*replaced, resume_path, run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
+            old.unlink(missing_ok=True)
+    writer = SummaryWriter(run_dir, purge_step=int(state["meta"]["step"]) + 1 if state else None)  # what was logged after the state does not count
+    if not state:
+        writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    return writer, state
+
+
+@contextlib.contextmanager
+def refusing_damage(path):
+    """Turns what goes wrong while a run's state is restored into one sentence."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        sys.exit(f"error: the run folder {run_dir} cannot be made ({e.strerror}): choose another --runs-dir")
-    for old in [run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
-        old.unlink(missing_ok=True)
-    writer = SummaryWriter(run_dir)
-    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
-    return writer
+        yield
+    except Exception as e:
+        sys.exit(f"error: {path} is damaged, so that the unfinished run in its folder cannot go on ({first_line(e)}): start afresh with --overwrite")
+
+
+class Checkpointer:
+    """Says when to save: every `seconds`, and once SIGINT or SIGTERM has come (which a second time ends the process as usual)."""
+
+    def __init__(self, seconds):
+        self.seconds, self.last, self.stop = seconds, time.time(), False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.request)
+
+    def request(self, number, _):
+        self.stop = True
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    def due(self):
+        return self.stop or time.time() - self.last >= self.seconds
+
+    def saved(self, run_dir):
+        """To be called after saving; ends the process if that was asked for."""
+        self.last = time.time()
+        if self.stop:
+            print(f"\nstopped and saved in {run_dir}; go on with: python {shlex.join(arg for arg in sys.argv if arg != '--overwrite')}")
+            sys.exit(0)
+
+
+def get_rng_state(*generators):
+    """The states of torch's random generators and of the given numpy or torch ones, as tensors and text."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    given = [json.dumps(g.bit_generator.state) if isinstance(g, np.random.Generator) else g.get_state() for g in generators]
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "given": given}
+
+
+def set_rng_state(state, *generators):
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    for g, given in zip(generators, state["given"]):
+        if isinstance(g, np.random.Generator):
+            g.bit_generator.state = json.loads(given)
+        else:
+            g.set_state(given)
 
 
 def load_checkpoint(path, stage, env_id, made_by, parts=()):
@@ -231,22 +373,65 @@ def load_checkpoint(path, stage, env_id, made_by, parts=()):
     if not Path(path).is_file():
         sys.exit(f"error: no checkpoint at {path}: make it with `{made_by}`, or name another one")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        meta = dict(checkpoint["meta"])
+        checkpoint = read_tensors(path)
+        meta = checkpoint["meta"]
+        if not isinstance(checkpoint, dict) or not isinstance(meta, dict):
+            raise ValueError("it holds no dictionary")
     except Exception as e:
         sys.exit(f"error: {path} cannot be read as a checkpoint ({type(e).__name__}): make it again with `{made_by}`")
     for key, want in (("format_version", FORMAT_VERSION), ("stage", stage), ("env_id", env_id)):
-        if meta.get(key) != want:
-            sys.exit(f"error: {path} has {key} {meta.get(key)}, expected {want}: make one with `{made_by}`")
-    if missing := [part for part in parts if part not in checkpoint] + ["args"] * ("args" not in meta):
-        sys.exit(f"error: {path} lacks {', '.join(missing)}: make it again with `{made_by}`")
+        if repr(meta.get(key)) != repr(want):
+            sys.exit(f"error: {path} has {key} {first_line(meta.get(key))}, expected {want}: make one with `{made_by}`")
+    missing = [part for part in parts if part not in checkpoint] + ["args"] * ("args" not in meta)
+    missing += [key for key in ("num_levels", "start_level") if type(meta.get(key)) is not int or not 0 <= meta[key] < 2**31]
+    for part in ("args", "pretrain_args"):
+        sizes = meta.get(part, {})
+        if isinstance(sizes, dict):
+            wrong = [key for key in SIZES & sizes.keys() if type(sizes[key]) not in (int, float) or not 0 < sizes[key] < 1e6]
+            missing += [f"{part}.{key}" for key in sorted(wrong)]
+        else:
+            missing.append(part)
+    if missing:
+        sys.exit(f"error: {path} lacks or misstates {', '.join(missing)}: make it again with `{made_by}`")
     return checkpoint
 
 
+def load_network(build, state, path, made_by):
+    """build() with a checkpoint's weights; refuses, in one sentence, weights of other shapes or types, before any memory is taken for them."""
+    try:
+        with torch.device("meta"):
+            network = build()
+        network.load_state_dict(state, assign=True)
+        for name, tensor in network.state_dict().items():
+            if (tensor.dtype, tensor.layout, tensor.device.type) != (torch.float32, torch.strided, "cpu"):
+                raise ValueError(f"{name} is not a float32 tensor")
+    except Exception as e:
+        sys.exit(f"error: the weights in {path} do not fit its arguments ({first_line(e)}): make it again with `{made_by}`")
+    return network
+
+
 def save_checkpoint(path, meta, **states):
-    """Tensors and plain values only (loads with weights_only=True); written aside, then renamed, so never half there."""
-    torch.save({"meta": {"format_version": FORMAT_VERSION, **meta}, **states}, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    """Tensors and plain values only (loads with weights_only=True); written aside, flushed to disk, then renamed: there is a whole file or none."""
+    write_aside(path, lambda f: torch.save({"meta": {"format_version": FORMAT_VERSION, **meta}, **states}, f))
+
+
+def write_aside(path, write):
+    """Writes a file next to its place, flushes it to disk, then renames it; what was at `path` stays if that fails."""
+    tmp = Path(f"{path}.tmp")
+    try:
+        with open(tmp, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+        folder = os.open(tmp.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name, too
+        os.close(folder)
+    except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
+        with contextlib.suppress(OSError):
+            tmp.unlink(missing_ok=True)
+        why = getattr(e, "strerror", None) or first_line(e)
+        sys.exit(f"error: {path} cannot be written ({why}); what was saved before is intact: make room there, then run the same command again")
 
 
 def load_meta(data_dir, env_id):
@@ -254,19 +439,48 @@ def load_meta(data_dir, env_id):
     command = f"python collect_expert_data.py --env-id {env_id}"
     try:
         meta = json.loads((Path(data_dir) / "meta.json").read_text())
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         sys.exit(f"error: no dataset at {data_dir} (meta.json is missing): make it with `{command}`, or name another with --data-dir")
-    except ValueError:
+    except (ValueError, RecursionError):
         sys.exit(f"error: {data_dir}/meta.json is not JSON: collect the dataset again with `{command} --overwrite`")
     if not isinstance(meta, dict):
         sys.exit(f"error: {data_dir}/meta.json holds no dictionary: collect the dataset again with `{command} --overwrite`")
     for key, want in (("format_version", FORMAT_VERSION), ("env_id", env_id)):
         if meta.get(key) != want:
-            sys.exit(f"error: {data_dir} has {key} {meta.get(key)}, expected {want}: make one with `{command}`, or name another with --data-dir")
-    missing = [key for key in ("num_levels", "start_level", "splits") if key not in meta]
-    if missing:
-        sys.exit(f"error: {data_dir}/meta.json lacks {', '.join(missing)}: collect the dataset again with `{command} --overwrite`")
+            sys.exit(
+                f"error: {data_dir} has {key} {first_line(meta.get(key))}, expected {want}: make it with `{command}`, or choose another --data-dir"
+            )
+    splits = meta.get("splits") if isinstance(meta.get("splits"), dict) else {}
+    sizes = {split: splits[split].get("num_frames") if isinstance(splits.get(split), dict) else None for split in ("train", "test")}
+    found = {key: meta.get(key) for key in ("num_levels", "start_level")} | {f"splits.{split}.num_frames": n for split, n in sizes.items()}
+    wrong = [key for key, value in found.items() if type(value) is not int or not (3 if "frames" in key else 0) <= value < 2**40]
+    wrong += [key for key in ("num_levels", "start_level") if key not in wrong and meta[key] >= 2**31]
+    if wrong:
+        sys.exit(f"error: {data_dir}/meta.json lacks or misstates {', '.join(wrong)}: collect the dataset again with `{command} --overwrite`")
     return meta
+
+
+def checksum(path):
+    """BLAKE2b of a file, read in pieces."""
+    digest = hashlib.blake2b()
+    with open(path, "rb") as f:
+        while piece := f.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def verify_dataset(data_dir, meta):
+    """Compares every file of a dataset with its checksum in meta.json; refuses, in one sentence, one that has changed."""
+    for split in ("train", "test"):
+        checksums = meta["splits"][split].get("checksums")
+        if not isinstance(checksums, dict):
+            sys.exit(f"error: {data_dir}/meta.json holds no checksums for --verify: leave that out, or collect the dataset again")
+        for name in ("frames.npy", "first.npy", "actions.npy", "rewards.npy", "returns.npy"):
+            path = Path(data_dir) / split / name
+            if path.exists():
+                if checksum(path) != checksums.get(name):
+                    sys.exit(f"error: {path} is not what its checksum in meta.json says: collect the dataset again")
+    print(f"{data_dir}: every file is what its checksum says")
 
 
 def load_array(data_dir, split, name, shape, dtype):
@@ -274,13 +488,22 @@ def load_array(data_dir, split, name, shape, dtype):
     path = Path(data_dir) / split / f"{name}.npy"
     try:
         array = np.lib.format.open_memmap(path, mode="r")  # refuses pickles
-    except (OSError, ValueError, EOFError) as e:
-        why = str(e).splitlines()[0]
-        sys.exit(f"error: {path} is missing or damaged ({why}): collect the dataset again with collect_expert_data.py --overwrite")
-    if array.shape != shape or array.dtype != dtype:
-        found = f"{array.shape} {array.dtype}, expected {shape} {np.dtype(dtype)}"
+    except Exception as e:  # NumPy's parser of headers lets many kinds through
+        sys.exit(f"error: {path} is missing or damaged ({first_line(e)}): collect the dataset again with collect_expert_data.py --overwrite")
+    size = array.offset + array.nbytes
+    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous or path.stat().st_size != size:
+        found = f"{array.shape} {array.dtype}, expected {shape} {np.dtype(dtype)}, in C order and in {size} bytes"
         sys.exit(f"error: {path} holds {found}: collect the dataset again with collect_expert_data.py --overwrite")
     return array
+
+
+def load_actions(data_dir, split, meta):
+    """The true actions (N,) int8, memory-mapped, each one of 0 .. 14."""
+    actions = load_array(data_dir, split, "actions", (meta["splits"][split]["num_frames"],), np.int8)
+    if not 0 <= actions.min() <= actions.max() < 15:
+        found = f"actions from {actions.min()} to {actions.max()}, expected 0 to 14"
+        sys.exit(f"error: {data_dir}/{split}/actions.npy holds {found}: collect the dataset again with collect_expert_data.py --overwrite")
+    return actions
 
 
 def load_frames(data_dir, split, meta):
@@ -352,6 +575,8 @@ def fit(model, x, actions, updates, learning_rate, batch_size, args, autocast):
         with autocast:
             logits = model(x[batch])
         loss = F.cross_entropy(logits.float(), actions[batch], label_smoothing=args.label_smoothing)
+        if not torch.isfinite(loss):
+            sys.exit(f"error: update {update} of {type(model).__name__} on {len(x)} labels met loss {loss.item()}: lower its learning rate")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -360,6 +585,11 @@ def fit(model, x, actions, updates, learning_rate, batch_size, args, autocast):
 
 def mean_and_stderr(x):
     return float(np.mean(x)), float(np.std(x, ddof=1) / np.sqrt(len(x)))
+
+
+def num_latents(pretrain_args):
+    """Dimensions of the latent, N x H x D."""
+    return pretrain_args["vq_num_codebooks"] * pretrain_args["vq_num_slots"] * pretrain_args["vq_dim"]
 
 
 if __name__ == "__main__":
@@ -373,9 +603,18 @@ if __name__ == "__main__":
         sys.exit(f"error: {run_dir} already holds a finished run: add --overwrite to replace it, or choose another --exp-name or --seed")
     bc_path = args.bc_checkpoint or Path(args.runs_dir) / f"{args.env_id}__lapo_bc__{args.seed}" / "checkpoint.pt"
     parts = ("policy", "idm", "latent_mean", "latent_std")
-    cloned = load_checkpoint(bc_path, "lapo_bc", args.env_id, f"python lapo_bc.py --env-id {args.env_id}", parts)
+    made_by = f"python lapo_bc.py --env-id {args.env_id}"
+    cloned = load_checkpoint(bc_path, "lapo_bc", args.env_id, made_by, parts)
+    pretrain_args, policy_scale = cloned["meta"].get("pretrain_args"), cloned["meta"]["args"].get("policy_scale")
+    idm = load_network(lambda: IDM(pretrain_args["idm_scale"], num_latents(pretrain_args)), cloned["idm"], bc_path, made_by)
+    latent_dim = idm.head.out_features
+    policy = load_network(lambda: LatentPolicy(policy_scale, latent_dim), cloned["policy"], bc_path, made_by)
+    latent_mean, latent_std = load_vectors(cloned, ("latent_mean", "latent_std"), latent_dim, bc_path, made_by)
     data_meta = load_meta(data_dir, args.env_id)
-    if "demonstrator" not in data_meta:
+    if args.verify:
+        verify_dataset(data_dir, data_meta)
+    demonstrator = data_meta.get("demonstrator") if isinstance(data_meta.get("demonstrator"), dict) else {}
+    if not all(isinstance(demonstrator.get(key), (int, float)) for key in ("return_mean", "return_stderr", "episodes")):
         sys.exit(f"error: {data_dir}/meta.json lacks demonstrator, the score to compare with: add its return_mean, return_stderr and episodes")
     frames, valid_t = load_frames(data_dir, "train", data_meta)
     if args.temperature <= 0:
@@ -387,9 +626,11 @@ if __name__ == "__main__":
     if not 1 <= min(args.num_labels) <= max(args.num_labels) <= len(valid_t):
         found = f"{data_dir} has {len(valid_t)} labelled windows"
         sys.exit(f"error: --num-labels {args.num_labels} asks for more labels than exist: {found}; ask for fewer or collect more")
-    labels = load_array(data_dir, "train", "actions", (len(frames),), np.int8)
+    labels = load_actions(data_dir, "train", data_meta)
     num_levels = data_meta["num_levels"] if args.num_levels is None else args.num_levels
     start_level = data_meta["start_level"] if args.start_level is None else args.start_level
+
+    writer, state = start_run(run_dir, args)
 
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -398,17 +639,9 @@ if __name__ == "__main__":
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     no_autocast = torch.autocast(device.type, enabled=False)
-    start_time = time.time()
+    start_time = time.time() - (state["meta"]["wall_seconds"] if state else 0)
 
-    pretrain_args, policy_scale = cloned["meta"]["pretrain_args"], cloned["meta"]["args"]["policy_scale"]
-    latent_dim = pretrain_args["vq_num_codebooks"] * pretrain_args["vq_num_slots"] * pretrain_args["vq_dim"]
-    idm = IDM(pretrain_args["idm_scale"], latent_dim).to(device).to(memory_format=torch.channels_last)
-    idm.load_state_dict(cloned["idm"])
-    idm.eval().requires_grad_(False)
-    policy = LatentPolicy(policy_scale, latent_dim).to(device).to(memory_format=torch.channels_last)
-    policy.load_state_dict(cloned["policy"])
-    policy.eval().requires_grad_(False)
-    writer = make_writer(run_dir, args)
+    idm, policy = (network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False) for network in (idm, policy))
 
     def play(logits_of, num_episodes, draw, gif=None):
         """Returns (num_episodes,) of sampling from softmax(logits_of(obs) / temperature); methods meet the same levels at the same draw."""
@@ -435,38 +668,54 @@ if __name__ == "__main__":
             return scratch(obs)
 
     # n labelled transitions of draw d: the first n of its permutation, so more labels contain fewer
-    curve, episodes_per_draw = [], -(-args.eval_episodes // args.num_draws)
-    returns = {}  # (method, n) -> (num_draws, episodes_per_draw)
-    progress = tqdm(total=args.num_draws * len(args.num_labels), unit="draw", desc="decode")
-    for draw in range(args.num_draws):
-        t = np.random.default_rng([args.seed, draw]).permutation(valid_t)[: max(args.num_labels)]
-        actions = torch.from_numpy(labels[t].astype(np.int64)).to(device)  # (n,)
-        obs = torch.from_numpy(frames[t]).to(device)  # (n, 64, 64, 3)
-        with torch.inference_mode(), autocast:
-            z = torch.cat([idm(get_windows(frames, c, device)) for c in np.array_split(t, -(-len(t) // 512))])  # (n, latent_dim)
-        z = z.clone()
-        for n in args.num_labels:
+    plan = [(draw, n, method) for draw in range(args.num_draws) for n in args.num_labels for method in ("lapo_decoder", "bc_from_scratch")]
+    curve, episodes_per_draw, checkpointer = [], -(-args.eval_episodes // args.num_draws), Checkpointer(args.checkpoint_seconds)
+    meta = {
+        "stage": "lapo_decode", "env_id": args.env_id, "num_levels": num_levels, "start_level": start_level, "n_labels": args.table_labels,
+        "args": asdict(args), "bc_args": cloned["meta"]["args"], "pretrain_args": pretrain_args,
+    }  # fmt: skip
+    played = []  # returns (episodes_per_draw,) of plan[0], plan[1], ...
+    if state:
+        with refusing_damage(run_dir / "resume.pt"):
+            played = state["meta"]["played"]
+            set_rng_state(state["rng"])
+    drawn = None
+    progress = tqdm(total=len(plan), initial=len(played), unit="policy", desc="decode")
+    for draw, n, method in plan[len(played) :]:
+        if draw != drawn:
+            t, drawn = np.random.default_rng([args.seed, draw]).permutation(valid_t)[: max(args.num_labels)], draw
+            actions = torch.from_numpy(labels[t].astype(np.int64)).to(device)  # (n,)
+            obs = torch.from_numpy(frames[t]).to(device)  # (n, 64, 64, 3)
+            with torch.inference_mode(), autocast:
+                z = torch.cat([idm(get_windows(frames, c, device)) for c in np.array_split(t, -(-len(t) // 512))])  # (n, latent_dim)
+            z = z.clone()
+        if method == "lapo_decoder":
             decoder = Decoder(latent_dim, args.decoder_hidden).to(device)
-            decoder.mean.copy_(cloned["latent_mean"])
-            decoder.std.copy_(cloned["latent_std"])
+            decoder.mean.copy_(latent_mean)
+            decoder.std.copy_(latent_std)
             fit(decoder, z[:n], actions[:n], args.decoder_updates, args.decoder_learning_rate, 512, args, no_autocast)
             film = run_dir / "lapo_decoder.gif" if args.capture_video and (n, draw) == (args.table_labels, 0) else None
-            returns.setdefault(("lapo_decoder", n), []).append(play(lapo_logits, episodes_per_draw, draw, film))
+            returns = play(lapo_logits, episodes_per_draw, draw, film)
             if (n, draw) == (args.table_labels, 0):
-                meta = {
-                    "stage": "lapo_decode", "env_id": args.env_id, "num_levels": num_levels, "start_level": start_level, "n_labels": n,
-                    "args": asdict(args), "bc_args": cloned["meta"]["args"], "pretrain_args": pretrain_args,
-                }  # fmt: skip
                 save_checkpoint(run_dir / "checkpoint.pt", meta, policy=policy.state_dict(), decoder=decoder.state_dict())
+        else:
             scratch = ScratchPolicy(policy_scale).to(device).to(memory_format=torch.channels_last)
             fit(scratch, obs[:n], actions[:n], args.bc_updates, args.bc_learning_rate, args.bc_batch_size, args, autocast)
-            returns.setdefault(("bc_from_scratch", n), []).append(play(scratch_logits, episodes_per_draw, draw))
-            progress.update()
-            progress.set_postfix_str(", ".join(f"{m} {n}: {np.mean(returns[m, n]):.2f}" for m in ("lapo_decoder", "bc_from_scratch")))
+            returns = play(scratch_logits, episodes_per_draw, draw)
+        played.append(returns.tolist())
+        progress.update()
+        progress.set_postfix_str(f"{method} with {n} labels: {np.mean(returns):.2f}")
+        if checkpointer.due():
+            progress_meta = {"step": 0, "played": played, "wall_seconds": time.time() - start_time}
+            writer.flush()
+            save_checkpoint(run_dir / "resume.pt", {**meta, **progress_meta}, rng=get_rng_state())
+            checkpointer.saved(run_dir)
     progress.close()
+    returns = {}  # (method, n) -> (num_draws, episodes_per_draw)
+    for (_, n, method), r in zip(plan, played):
+        returns.setdefault((method, n), []).append(r)
 
     random_returns = play(lambda obs: torch.zeros(len(obs), 15, device=device), max(100, args.eval_episodes), args.num_draws)
-    demonstrator = data_meta["demonstrator"]
     paper_random, paper_expert = PAPER_SCORES[args.env_id]
 
     def row(method, mean, stderr, episodes, **more):
@@ -492,7 +741,8 @@ if __name__ == "__main__":
         "n_labels": args.table_labels, "num_draws": args.num_draws, "rows": table, "curve": curve, "wall_seconds": round(wall, 1),
         "device": str(device), "torch": torch.__version__, "command": "python " + " ".join(sys.argv), "args": asdict(args),
     }  # fmt: skip
-    (run_dir / "results.json").write_text(json.dumps(results, indent=2))
+    write_aside(run_dir / "results.json", lambda f: f.write(json.dumps(results, indent=2).encode()))
+    (run_dir / "resume.pt").unlink(missing_ok=True)
     writer.close()
     for title, rows in ((f"every label count, mean over {args.num_draws} draws", curve), (f"{args.table_labels} labels", table)):
         print(f"\n{args.env_id}, {title}")

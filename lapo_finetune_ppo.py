@@ -14,11 +14,17 @@ Reads runs/ENV_ID__lapo_bc__SEED/checkpoint.pt, writes runs/ENV_ID__lapo_finetun
     python lapo_finetune_ppo.py --env-id bossfight
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import random
+import shlex
+import signal
 import sys
+import threading
 import time
+import zipfile
 from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +42,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 FORMAT_VERSION = 1  # of checkpoints and datasets
+NOT_COMPARED = {"resume", "overwrite", "track", "wandb_project_name", "wandb_entity", "checkpoint_seconds"}  # may change when a run goes on
+# numbers in checkpoints that networks are built from
+SIZES = {"scale", "idm_scale", "policy_scale", "vq_num_codebooks", "vq_num_slots", "vq_dim"}
+LOCKS = []  # open files, locked as long as this process lives
 
 # Mean returns of a random policy and of the paper's expert, Procgen easy mode, all levels (paper, appendix)
 PAPER_SCORES = {
@@ -70,6 +80,10 @@ class Args:
     """where run folders (TensorBoard logs, checkpoint.pt, results.json) are made"""
     overwrite: bool = False
     """replace a finished run of the same name"""
+    resume: bool = False
+    """go on with the unfinished run in the run folder, or say that there is none; one with the same arguments goes on by itself"""
+    checkpoint_seconds: float = 60.0
+    """seconds between checkpoints from which an interrupted run goes on"""
 
     env_id: str = "bossfight"
     """the Procgen game, one of the 16"""
@@ -190,6 +204,20 @@ class IDM(nn.Module):
         return self.head(self.network(x)).float()
 
 
+class LatentPolicy(nn.Module):
+    """pi(o_t): observations (B, 64, 64, 3) uint8 -> latent action (B, latent_dim). The value head waits for fine-tuning."""
+
+    def __init__(self, scale, latent_dim):
+        super().__init__()
+        self.network = ImpalaCNN(3, scale)
+        self.head = nn.Linear(256, latent_dim)
+        self.critic = nn.Linear(256, 1)
+
+    def forward(self, obs):
+        # HWC memory seen as (B, 3, 64, 64) is channels-last already: no copy
+        return self.head(self.network(obs.permute(0, 3, 1, 2).float() / 255 - 0.5)).float()
+
+
 class Decoder(nn.Module):
     """MLP from latents (B, latent_dim), standardised by the training latents' mean and deviation, to action logits (B, 15)."""
 
@@ -258,6 +286,13 @@ class RewardNormalizer:
         self.returns[done] = 0.0
         return np.clip(reward / np.sqrt(self.var + 1e-8), -10, 10)
 
+    def state_dict(self):
+        return {"returns": torch.tensor(self.returns), "mean": float(self.mean), "var": float(self.var), "count": float(self.count)}
+
+    def load_state_dict(self, state):
+        self.returns = state["returns"].numpy().copy()
+        self.mean, self.var, self.count = state["mean"], state["var"], state["count"]
+
 
 def compute_gae(rewards, values, dones, next_value, next_done, gamma, gae_lambda):
     """Generalised advantage estimation (Schulman et al. 2016). All (T, E); dones[t] says that obs[t] begins an episode."""
@@ -269,6 +304,16 @@ def compute_gae(rewards, values, dones, next_value, next_done, gamma, gae_lambda
         delta = rewards[t] + gamma * nextvalues * nextnonterminal - values[t]
         advantages[t] = lastgaelam = delta + gamma * gae_lambda * nextnonterminal * lastgaelam
     return advantages
+
+
+def refuse_bad_numbers(run_dir, update, batch, numbers):
+    """Ends the process before a loss or gradient that is not finite reaches the parameters or a checkpoint; notes the batch."""
+    write_aside(run_dir / "bad_batch.json", lambda f: f.write(json.dumps({"update": update, "indices": np.asarray(batch).tolist()}).encode()))
+    found = ", ".join(f"{name} {value}" for name, value in numbers.items())
+    sys.exit(
+        f"error: update {update} met numbers that are not finite ({found}); its batch is in {run_dir}/bad_batch.json, the checkpoint of the last "
+        "good update is intact: lower --learning-rate or try --no-bf16 with --overwrite, or look at these frames"
+    )
 
 
 def ppo_loss(logits, newvalue, actions, logprobs, advantages, returns, values, args):
@@ -288,6 +333,15 @@ def ppo_loss(logits, newvalue, actions, logprobs, advantages, returns, values, a
     return loss, torch.stack([pg_loss, v_loss, entropy_loss, approx_kl, clipfrac]).detach()
 
 
+def load_vectors(checkpoint, names, size, path, made_by):
+    """The named vectors (size,) of a checkpoint; refuses, in one sentence, what is no such thing."""
+    for name in names:
+        vector = checkpoint[name]
+        if not isinstance(vector, torch.Tensor) or (vector.shape, vector.dtype, vector.layout) != ((size,), torch.float32, torch.strided):
+            sys.exit(f"error: {name} in {path} is not {size} float32 numbers: make it again with `{made_by}`")
+    return [checkpoint[name] for name in names]
+
+
 def require(args, **minimum):
     """Refuses, in one sentence, a flag below its minimum."""
     for name, least in minimum.items():
@@ -295,23 +349,139 @@ def require(args, **minimum):
             sys.exit(f"error: --{name.replace('_', '-')} is {value}, expected at least {least}")
 
 
-def make_writer(run_dir, args):
-    """A fresh run folder with TensorBoard (and, with --track, Weights and Biases) logs and the hyperparameters."""
+def read_tensors(path):
+    """A file of save_checkpoint's. Runs no code from it and takes no more memory than it has bytes; raises some exception if it is something else."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+    if any(r.compress_type != zipfile.ZIP_STORED for r in records) or sum(r.file_size for r in records) > os.path.getsize(path):
+        raise ValueError("its records are compressed or overlap")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def first_line(found):
+    """What to quote of an error, or of a value in a file, in a sentence."""
+    try:
+        return " ".join(str(found).split())[:200] or type(found).__name__
+    except RecursionError:
+        return type(found).__name__
+
+
+def one_sentence(kind, error, traceback):
+    """sys.excepthook: what goes wrong with files (a full disk, a read-only or deleted folder) ends in one sentence, not in a traceback."""
+    if issubclass(kind, OSError):
+        where = error.filename or "a file of this run"
+        print(
+            f"error: {where}: {error.strerror or error}; what was saved before is intact: mend that, then run the same command again", file=sys.stderr
+        )
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+def lock_folder(folder):
+    """Makes a folder if need be and locks it until this process ends; refuses, in one sentence, what another process is writing to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+    except OSError as e:
+        sys.exit(f"error: the folder {folder} cannot be made or written to ({e.strerror}): choose another, see --runs-dir and --data-dir")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        sys.exit(f"error: another process is at work in {folder}: wait until it ends, or choose another folder (--exp-name, --seed, --data-dir)")
+    LOCKS.append(lock)
+
+
+def start_run(run_dir, args):
+    """The run folder, locked for this process: its log writer, and the state of an unfinished run with the same arguments or None."""
     if args.track:
         try:
             import wandb
         except ImportError:
             sys.exit("error: --track needs wandb, which is not installed: `pip install wandb`, or leave --track out")
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=vars(args), name=run_dir.name)
+    sys.excepthook = one_sentence
+    # what stops the log writer's thread is raised again where something is logged
+    threading.excepthook = lambda e: None if issubclass(e.exc_type, OSError) else threading.__excepthook__(e)
+    lock_folder(run_dir)
+    state, resume_path = None, run_dir / "resume.pt"
+    if resume_path.exists() and not args.overwrite:
+        mend = "add --overwrite to start afresh, or choose another --exp-name or --seed"
+        try:
+            state = read_tensors(resume_path)
+            meta = state["meta"]
+            if type(meta["format_version"]) is int and meta["format_version"] != FORMAT_VERSION:
+                found = f"format_version {meta['format_version']}, expected {FORMAT_VERSION}"
+                sys.exit(f"error: {resume_path} has {found}: finish the run with the version that began it, {mend}")
+            if not isinstance(meta["args"], dict) or type(meta["wall_seconds"]) is not float or not 0 <= int(meta["step"]) < 2**62:
+                raise ValueError("its description is damaged")
+        except Exception as e:
+            sys.exit(f"error: {resume_path} cannot be read ({first_line(e)}), so that the unfinished run in its folder cannot go on: {mend}")
+        now = {key: value for key, value in asdict(args).items() if key not in NOT_COMPARED}
+        changed = [key for key, value in now.items() if repr(meta["args"].get(key)) != repr(value)]
+        if changed:
+            found = ", ".join(f"--{key.replace('_', '-')} {first_line(meta['args'].get(key))} (now {now[key]})" for key in changed)
+            sys.exit(f"error: {run_dir} holds an unfinished run with other arguments, {found}: give the same to go on, {mend}")
+        print(f"going on with the unfinished run in {run_dir}")
+    elif args.resume:
+        sys.exit(f"error: --resume, but {run_dir} holds no unfinished run: leave --resume out to start one")
+    if not state:
+        replaced = [run_dir / "checkpoint.pt"] * args.overwrite
+        for old in [*replaced, resume_path, run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
+            old.unlink(missing_ok=True)
+    writer = SummaryWriter(run_dir, purge_step=int(state["meta"]["step"]) + 1 if state else None)  # what was logged after the state does not count
+    if not state:
+        writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    return writer, state
+
+
+@contextlib.contextmanager
+def refusing_damage(path):
+    """Turns what goes wrong while a run's state is restored into one sentence."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        sys.exit(f"error: the run folder {run_dir} cannot be made ({e.strerror}): choose another --runs-dir")
-    for old in [run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
-        old.unlink(missing_ok=True)
-    writer = SummaryWriter(run_dir)
-    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
-    return writer
+        yield
+    except Exception as e:
+        sys.exit(f"error: {path} is damaged, so that the unfinished run in its folder cannot go on ({first_line(e)}): start afresh with --overwrite")
+
+
+class Checkpointer:
+    """Says when to save: every `seconds`, and once SIGINT or SIGTERM has come (which a second time ends the process as usual)."""
+
+    def __init__(self, seconds):
+        self.seconds, self.last, self.stop = seconds, time.time(), False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.request)
+
+    def request(self, number, _):
+        self.stop = True
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    def due(self):
+        return self.stop or time.time() - self.last >= self.seconds
+
+    def saved(self, run_dir):
+        """To be called after saving; ends the process if that was asked for."""
+        self.last = time.time()
+        if self.stop:
+            print(f"\nstopped and saved in {run_dir}; go on with: python {shlex.join(arg for arg in sys.argv if arg != '--overwrite')}")
+            sys.exit(0)
+
+
+def get_rng_state(*generators):
+    """The states of torch's random generators and of the given numpy or torch ones, as tensors and text."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    given = [json.dumps(g.bit_generator.state) if isinstance(g, np.random.Generator) else g.get_state() for g in generators]
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "given": given}
+
+
+def set_rng_state(state, *generators):
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    for g, given in zip(generators, state["given"]):
+        if isinstance(g, np.random.Generator):
+            g.bit_generator.state = json.loads(given)
+        else:
+            g.set_state(given)
 
 
 def load_checkpoint(path, stage, env_id, made_by, parts=()):
@@ -319,22 +489,65 @@ def load_checkpoint(path, stage, env_id, made_by, parts=()):
     if not Path(path).is_file():
         sys.exit(f"error: no checkpoint at {path}: make it with `{made_by}`, or name another one")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        meta = dict(checkpoint["meta"])
+        checkpoint = read_tensors(path)
+        meta = checkpoint["meta"]
+        if not isinstance(checkpoint, dict) or not isinstance(meta, dict):
+            raise ValueError("it holds no dictionary")
     except Exception as e:
         sys.exit(f"error: {path} cannot be read as a checkpoint ({type(e).__name__}): make it again with `{made_by}`")
     for key, want in (("format_version", FORMAT_VERSION), ("stage", stage), ("env_id", env_id)):
-        if meta.get(key) != want:
-            sys.exit(f"error: {path} has {key} {meta.get(key)}, expected {want}: make one with `{made_by}`")
-    if missing := [part for part in parts if part not in checkpoint] + ["args"] * ("args" not in meta):
-        sys.exit(f"error: {path} lacks {', '.join(missing)}: make it again with `{made_by}`")
+        if repr(meta.get(key)) != repr(want):
+            sys.exit(f"error: {path} has {key} {first_line(meta.get(key))}, expected {want}: make one with `{made_by}`")
+    missing = [part for part in parts if part not in checkpoint] + ["args"] * ("args" not in meta)
+    missing += [key for key in ("num_levels", "start_level") if type(meta.get(key)) is not int or not 0 <= meta[key] < 2**31]
+    for part in ("args", "pretrain_args"):
+        sizes = meta.get(part, {})
+        if isinstance(sizes, dict):
+            wrong = [key for key in SIZES & sizes.keys() if type(sizes[key]) not in (int, float) or not 0 < sizes[key] < 1e6]
+            missing += [f"{part}.{key}" for key in sorted(wrong)]
+        else:
+            missing.append(part)
+    if missing:
+        sys.exit(f"error: {path} lacks or misstates {', '.join(missing)}: make it again with `{made_by}`")
     return checkpoint
 
 
+def load_network(build, state, path, made_by):
+    """build() with a checkpoint's weights; refuses, in one sentence, weights of other shapes or types, before any memory is taken for them."""
+    try:
+        with torch.device("meta"):
+            network = build()
+        network.load_state_dict(state, assign=True)
+        for name, tensor in network.state_dict().items():
+            if (tensor.dtype, tensor.layout, tensor.device.type) != (torch.float32, torch.strided, "cpu"):
+                raise ValueError(f"{name} is not a float32 tensor")
+    except Exception as e:
+        sys.exit(f"error: the weights in {path} do not fit its arguments ({first_line(e)}): make it again with `{made_by}`")
+    return network
+
+
 def save_checkpoint(path, meta, **states):
-    """Tensors and plain values only (loads with weights_only=True); written aside, then renamed, so never half there."""
-    torch.save({"meta": {"format_version": FORMAT_VERSION, **meta}, **states}, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    """Tensors and plain values only (loads with weights_only=True); written aside, flushed to disk, then renamed: there is a whole file or none."""
+    write_aside(path, lambda f: torch.save({"meta": {"format_version": FORMAT_VERSION, **meta}, **states}, f))
+
+
+def write_aside(path, write):
+    """Writes a file next to its place, flushes it to disk, then renames it; what was at `path` stays if that fails."""
+    tmp = Path(f"{path}.tmp")
+    try:
+        with open(tmp, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+        folder = os.open(tmp.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name, too
+        os.close(folder)
+    except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
+        with contextlib.suppress(OSError):
+            tmp.unlink(missing_ok=True)
+        why = getattr(e, "strerror", None) or first_line(e)
+        sys.exit(f"error: {path} cannot be written ({why}); what was saved before is intact: make room there, then run the same command again")
 
 
 def make_env(env_id, num_envs, num_levels, start_level, seed):
@@ -348,6 +561,15 @@ def make_env(env_id, num_envs, num_levels, start_level, seed):
         rand_seed=seed,
         num_threads=min(4, os.cpu_count()),
     )
+
+
+def get_env_state(env):
+    """Snapshots of all games, a list of uint8 tensors."""
+    return [torch.frombuffer(bytearray(game), dtype=torch.uint8) for game in env.callmethod("get_state")]
+
+
+def set_env_state(env, state):
+    env.callmethod("set_state", [game.numpy().tobytes() for game in state])
 
 
 def evaluate(act, env, num_episodes, gif=None):
@@ -406,6 +628,11 @@ def mean_and_stderr(x):
     return float(np.mean(x)), float(np.std(x, ddof=1) / np.sqrt(len(x)))
 
 
+def num_latents(pretrain_args):
+    """Dimensions of the latent, N x H x D."""
+    return pretrain_args["vq_num_codebooks"] * pretrain_args["vq_num_slots"] * pretrain_args["vq_dim"]
+
+
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if args.env_id not in ENV_NAMES:
@@ -429,13 +656,24 @@ if __name__ == "__main__":
     if not args.from_scratch or policy_scale is None or num_levels is None:
         bc_path = args.bc_checkpoint or Path(args.runs_dir) / f"{args.env_id}__lapo_bc__{args.seed}" / "checkpoint.pt"
         parts = ("policy", "idm", "latent_mean", "latent_std")
-        cloned = load_checkpoint(bc_path, "lapo_bc", args.env_id, f"python lapo_bc.py --env-id {args.env_id}", parts)
+        made_by = f"python lapo_bc.py --env-id {args.env_id}"
+        cloned = load_checkpoint(bc_path, "lapo_bc", args.env_id, made_by, parts)
         if not args.from_scratch or policy_scale is None:
-            policy_scale = cloned["meta"]["args"]["policy_scale"]
+            policy_scale = cloned["meta"]["args"].get("policy_scale")
         num_levels = cloned["meta"]["num_levels"] if num_levels is None else num_levels
         start_level = cloned["meta"]["start_level"] if start_level is None else start_level
-        demonstrator = cloned["meta"]["demonstrator"]
+        demonstrator = cloned["meta"].get("demonstrator")
+        if demonstrator and not (isinstance(demonstrator, dict) and isinstance(demonstrator.get("return_mean"), float)):
+            sys.exit(f"error: the demonstrator's score in {bc_path} has no return_mean: make it again with `{made_by}`")
+        pretrain_args = cloned["meta"].get("pretrain_args")
+        idm = load_network(lambda: IDM(pretrain_args["idm_scale"], num_latents(pretrain_args)), cloned["idm"], bc_path, made_by)
+        latent_dim = idm.head.out_features
+        if not args.from_scratch:
+            policy = load_network(lambda: LatentPolicy(policy_scale, latent_dim), cloned["policy"], bc_path, made_by)
+            latent_mean, latent_std = load_vectors(cloned, ("latent_mean", "latent_std"), latent_dim, bc_path, made_by)
     start_level = start_level or 0
+
+    writer, state = start_run(run_dir, args)
 
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -443,23 +681,21 @@ if __name__ == "__main__":
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
-    start_time = time.time()
+    start_time = time.time() - (state["meta"]["wall_seconds"] if state else 0)
 
     meta = {"stage": "lapo_finetune_ppo", "env_id": args.env_id, "num_levels": num_levels, "start_level": start_level, "args": asdict(args)}
     if args.from_scratch:
         agent = Agent(policy_scale).to(device).to(memory_format=torch.channels_last)
         optimizer = optim.Adam(agent.parameters(), lr=args.scratch_learning_rate, eps=1e-5, fused=True)
     else:
-        pretrain_args = cloned["meta"]["pretrain_args"]
-        latent_dim = pretrain_args["vq_num_codebooks"] * pretrain_args["vq_num_slots"] * pretrain_args["vq_dim"]
         meta["pretrain_args"] = pretrain_args
         agent = Agent(policy_scale, latent_dim, args.decoder_hidden).to(device).to(memory_format=torch.channels_last)
-        cloned_network = {k: v for k, v in cloned["policy"].items() if k.startswith(("network.", "critic."))}
-        agent.load_state_dict(cloned_network, strict=False)
-        agent.frozen_fc.load_state_dict(agent.network.fc.state_dict())
-        agent.latent_head.load_state_dict({k: cloned["policy"][f"head.{k}"] for k in ("weight", "bias")})
-        agent.decoder.mean.copy_(cloned["latent_mean"])
-        agent.decoder.std.copy_(cloned["latent_std"])
+        agent.network.load_state_dict(policy.network.state_dict())
+        agent.critic.load_state_dict(policy.critic.state_dict())
+        agent.frozen_fc.load_state_dict(policy.network.fc.state_dict())
+        agent.latent_head.load_state_dict(policy.head.state_dict())
+        agent.decoder.mean.copy_(latent_mean)
+        agent.decoder.std.copy_(latent_std)
         for frozen in (agent.network.conv, agent.frozen_fc, agent.latent_head, agent.decoder):
             frozen.requires_grad_(False)
         optimizer = optim.Adam(
@@ -470,10 +706,7 @@ if __name__ == "__main__":
             ],
             lr=0.0, eps=1e-5, fused=True,
         )  # fmt: skip
-        idm = IDM(pretrain_args["idm_scale"], latent_dim).to(device).to(memory_format=torch.channels_last)
-        idm.load_state_dict(cloned["idm"])
-        idm.eval().requires_grad_(False)
-    writer = make_writer(run_dir, args)
+        idm = idm.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     trained = [p for p in agent.parameters() if p.requires_grad]
     decoder_ready = False  # until its first fit the decoder's logits count as 0: play is uniformly random
     pairs_z, pairs_a = [], []  # the decoder's data: latents (n, latent_dim) and true actions (n,), one entry a rollout
@@ -493,11 +726,24 @@ if __name__ == "__main__":
     logprobs, rewards, dones, values = (torch.zeros((T, E), device=device) for _ in range(4))
     next_obs, next_done = torch.tensor(env.observe()[1]["rgb"], device=device), torch.ones(E, device=device)
     last_obs = next_obs  # o_{t-1} of the rollout's first step
-    episode_return, recent_returns, curve, last_save = np.zeros(E), deque(maxlen=100), [], time.time()
-    num_iterations = max(1, args.total_timesteps // batch_size)
-    progress = tqdm(total=num_iterations * batch_size, unit="frame", unit_scale=True, desc=exp_name, mininterval=1)
+    episode_return, recent_returns, curve, first_iteration = np.zeros(E), deque(maxlen=100), [], 0
+    num_iterations, checkpointer = max(1, args.total_timesteps // batch_size), Checkpointer(args.checkpoint_seconds)
+    modules = {"agent": agent, "optimizer": optimizer, "normalize_reward": normalize_reward}
+    if state:
+        with refusing_damage(run_dir / "resume.pt"):
+            for name, module in modules.items():
+                module.load_state_dict(state[name])
+            set_env_state(env, state["env"])
+            set_rng_state(state["rng"])
+            next_obs, next_done, last_obs = (state[k].to(device) for k in ("next_obs", "next_done", "last_obs"))
+            pairs_z, pairs_a = ([x.to(device) for x in state[k]] for k in ("pairs_z", "pairs_a"))
+            first_iteration, curve, decoder_ready = (state["meta"][k] for k in ("iteration", "curve", "decoder_ready"))
+            episode_return = state["episode_return"].numpy()
+            recent_returns.extend(state["recent_returns"].tolist())
+    frames = num_iterations * batch_size
+    progress = tqdm(total=frames, initial=first_iteration * batch_size, unit="frame", unit_scale=True, desc=exp_name, mininterval=1)
 
-    for iteration in range(num_iterations):
+    for iteration in range(first_iteration, num_iterations):
         frames_before = iteration * batch_size
         for group in optimizer.param_groups if not args.from_scratch else []:
             group["lr"] = args.learning_rate * lr_share(frames_before, group["warmup"], group["peak"], args.total_timesteps)
@@ -552,7 +798,9 @@ if __name__ == "__main__":
                     loss, stats = ppo_loss(logits, newvalue, b_actions[i], b_logprobs[i], adv, b_returns[i], b_values[i], args)
                     (loss * len(i) / len(mb)).backward()  # gradients add up to those of the minibatch's mean
                     logged.append(stats)
-                nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+                grad_norm = nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+                if not torch.isfinite(grad_norm):
+                    refuse_bad_numbers(run_dir, iteration, mb.cpu(), {"loss": loss.item(), "gradient norm": grad_norm.item()})
                 optimizer.step()
 
         # decoder: the IDM labels the rollout's transitions, windows within one episode only
@@ -586,9 +834,17 @@ if __name__ == "__main__":
             writer.add_scalar(f"losses/{name}", value, global_step)
         explained = 1 - (b_returns - b_values).var() / b_returns.var()
         writer.add_scalar("losses/explained_variance", explained.item(), global_step)
-        if time.time() - last_save > 60 or iteration == num_iterations - 1:
+        if checkpointer.due() or iteration == num_iterations - 1:
+            # first this, then resume.pt: a run that goes on from there writes this file again
             save_checkpoint(run_dir / "checkpoint.pt", {**meta, "frames": global_step}, agent=agent.state_dict())
-            last_save = time.time()
+            states = {name: module.state_dict() for name, module in modules.items()}
+            states |= {"next_obs": next_obs, "next_done": next_done, "last_obs": last_obs, "pairs_z": pairs_z, "pairs_a": pairs_a}
+            states |= {"env": get_env_state(env), "rng": get_rng_state()}
+            states |= {"episode_return": torch.tensor(episode_return), "recent_returns": torch.tensor(list(recent_returns), dtype=torch.float64)}
+            progress_meta = {"iteration": iteration + 1, "decoder_ready": decoder_ready, "curve": curve, "wall_seconds": time.time() - start_time}
+            writer.flush()
+            save_checkpoint(run_dir / "resume.pt", {**meta, "step": global_step, **progress_meta}, **states)
+            checkpointer.saved(run_dir)
     progress.close()
     env.close()
 
@@ -623,12 +879,13 @@ if __name__ == "__main__":
     wall = time.time() - start_time
     results = {
         "stage": "lapo_finetune_ppo", "method": exp_name, "env_id": args.env_id, "seed": args.seed, "num_levels": num_levels,
-        "start_level": start_level, "frames": num_iterations * batch_size, "return_mean": mean, "return_stderr": stderr,
+        "start_level": start_level, "frames": frames, "return_mean": mean, "return_stderr": stderr,
         "episodes": args.eval_episodes, "random_mean": float(random_mean), "relative_return": relative_return,
         "relative_to_demonstrator": relative_to_demonstrator, "curve": curve, "wall_seconds": round(wall, 1),
         "device": str(device), "torch": torch.__version__, "command": "python " + " ".join(sys.argv), "args": asdict(args),
     }  # fmt: skip
-    (run_dir / "results.json").write_text(json.dumps(results, indent=2))
+    write_aside(run_dir / "results.json", lambda f: f.write(json.dumps(results, indent=2).encode()))
+    (run_dir / "resume.pt").unlink(missing_ok=True)
     writer.close()
     shown = "" if relative_to_demonstrator is None else f", {relative_to_demonstrator:.2f} of the demonstrator's"
     score = f"{mean:.2f} +- {stderr:.2f} over {args.eval_episodes} episodes"

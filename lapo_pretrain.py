@@ -17,12 +17,19 @@ Next:
     python lapo_bc.py --env-id bossfight
 """
 
+import contextlib
+import fcntl
+import hashlib
 import json
 import mmap
 import os
 import random
+import shlex
+import signal
 import sys
+import threading
 import time
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,6 +45,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 FORMAT_VERSION = 1  # of checkpoints and datasets
+NOT_COMPARED = {"resume", "overwrite", "track", "wandb_project_name", "wandb_entity", "checkpoint_seconds"}  # may change when a run goes on
+LOCKS = []  # open files, locked as long as this process lives
 
 
 @dataclass
@@ -64,11 +73,17 @@ class Args:
     """where run folders (TensorBoard logs, checkpoint.pt, results.json) are made"""
     overwrite: bool = False
     """replace a finished run of the same name"""
+    resume: bool = False
+    """go on with the unfinished run in the run folder, or say that there is none; one with the same arguments goes on by itself"""
+    checkpoint_seconds: float = 60.0
+    """seconds between checkpoints from which an interrupted run goes on"""
 
     env_id: str = "bossfight"
     """the Procgen game, one of the 16"""
     data_dir: str | None = None
     """the dataset of collect_expert_data.py; default data/ENV_ID"""
+    verify: bool = False
+    """check every file of the dataset against its checksum first (sizes and headers are always checked)"""
 
     num_updates: int = 50_000
     """gradient steps"""
@@ -245,29 +260,163 @@ def require(args, **minimum):
             sys.exit(f"error: --{name.replace('_', '-')} is {value}, expected at least {least}")
 
 
-def make_writer(run_dir, args):
-    """A fresh run folder with TensorBoard (and, with --track, Weights and Biases) logs and the hyperparameters."""
+def read_tensors(path):
+    """A file of save_checkpoint's. Runs no code from it and takes no more memory than it has bytes; raises some exception if it is something else."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+    if any(r.compress_type != zipfile.ZIP_STORED for r in records) or sum(r.file_size for r in records) > os.path.getsize(path):
+        raise ValueError("its records are compressed or overlap")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def first_line(found):
+    """What to quote of an error, or of a value in a file, in a sentence."""
+    try:
+        return " ".join(str(found).split())[:200] or type(found).__name__
+    except RecursionError:
+        return type(found).__name__
+
+
+def one_sentence(kind, error, traceback):
+    """sys.excepthook: what goes wrong with files (a full disk, a read-only or deleted folder) ends in one sentence, not in a traceback."""
+    if issubclass(kind, OSError):
+        where = error.filename or "a file of this run"
+        print(
+            f"error: {where}: {error.strerror or error}; what was saved before is intact: mend that, then run the same command again", file=sys.stderr
+        )
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+def lock_folder(folder):
+    """Makes a folder if need be and locks it until this process ends; refuses, in one sentence, what another process is writing to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+    except OSError as e:
+        sys.exit(f"error: the folder {folder} cannot be made or written to ({e.strerror}): choose another, see --runs-dir and --data-dir")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        sys.exit(f"error: another process is at work in {folder}: wait until it ends, or choose another folder (--exp-name, --seed, --data-dir)")
+    LOCKS.append(lock)
+
+
+def start_run(run_dir, args):
+    """The run folder, locked for this process: its log writer, and the state of an unfinished run with the same arguments or None."""
     if args.track:
         try:
             import wandb
         except ImportError:
             sys.exit("error: --track needs wandb, which is not installed: `pip install wandb`, or leave --track out")
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=vars(args), name=run_dir.name)
+    sys.excepthook = one_sentence
+    # what stops the log writer's thread is raised again where something is logged
+    threading.excepthook = lambda e: None if issubclass(e.exc_type, OSError) else threading.__excepthook__(e)
+    lock_folder(run_dir)
+    state, resume_path = None, run_dir / "resume.pt"
+    if resume_path.exists() and not args.overwrite:
+        mend = "add --overwrite to start afresh, or choose another --exp-name or --seed"
+        try:
+            state = read_tensors(resume_path)
+            meta = state["meta"]
+            if type(meta["format_version"]) is int and meta["format_version"] != FORMAT_VERSION:
+                found = f"format_version {meta['format_version']}, expected {FORMAT_VERSION}"
+                sys.exit(f"error: {resume_path} has {found}: finish the run with the version that began it, {mend}")
+            if not isinstance(meta["args"], dict) or type(meta["wall_seconds"]) is not float or not 0 <= int(meta["step"]) < 2**62:
+                raise ValueError("its description is damaged")
+        except Exception as e:
+            sys.exit(f"error: {resume_path} cannot be read ({first_line(e)}), so that the unfinished run in its folder cannot go on: {mend}")
+        now = {key: value for key, value in asdict(args).items() if key not in NOT_COMPARED}
+        changed = [key for key, value in now.items() if repr(meta["args"].get(key)) != repr(value)]
+        if changed:
+            found = ", ".join(f"--{key.replace('_', '-')} {first_line(meta['args'].get(key))} (now {now[key]})" for key in changed)
+            sys.exit(f"error: {run_dir} holds an unfinished run with other arguments, {found}: give the same to go on, {mend}")
+        print(f"going on with the unfinished run in {run_dir}")
+    elif args.resume:
+        sys.exit(f"error: --resume, but {run_dir} holds no unfinished run: leave --resume out to start one")
+    if not state:
+        replaced = [run_dir / "checkpoint.pt"] * args.overwrite
+        for old in [*replaced, resume_path, run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
+            old.unlink(missing_ok=True)
+    writer = SummaryWriter(run_dir, purge_step=int(state["meta"]["step"]) + 1 if state else None)  # what was logged after the state does not count
+    if not state:
+        writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    return writer, state
+
+
+@contextlib.contextmanager
+def refusing_damage(path):
+    """Turns what goes wrong while a run's state is restored into one sentence."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        sys.exit(f"error: the run folder {run_dir} cannot be made ({e.strerror}): choose another --runs-dir")
-    for old in [run_dir / "results.json", *run_dir.glob("events.out.tfevents.*")]:
-        old.unlink(missing_ok=True)
-    writer = SummaryWriter(run_dir)
-    writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
-    return writer
+        yield
+    except Exception as e:
+        sys.exit(f"error: {path} is damaged, so that the unfinished run in its folder cannot go on ({first_line(e)}): start afresh with --overwrite")
+
+
+class Checkpointer:
+    """Says when to save: every `seconds`, and once SIGINT or SIGTERM has come (which a second time ends the process as usual)."""
+
+    def __init__(self, seconds):
+        self.seconds, self.last, self.stop = seconds, time.time(), False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.request)
+
+    def request(self, number, _):
+        self.stop = True
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    def due(self):
+        return self.stop or time.time() - self.last >= self.seconds
+
+    def saved(self, run_dir):
+        """To be called after saving; ends the process if that was asked for."""
+        self.last = time.time()
+        if self.stop:
+            print(f"\nstopped and saved in {run_dir}; go on with: python {shlex.join(arg for arg in sys.argv if arg != '--overwrite')}")
+            sys.exit(0)
+
+
+def get_rng_state(*generators):
+    """The states of torch's random generators and of the given numpy or torch ones, as tensors and text."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    given = [json.dumps(g.bit_generator.state) if isinstance(g, np.random.Generator) else g.get_state() for g in generators]
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "given": given}
+
+
+def set_rng_state(state, *generators):
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    for g, given in zip(generators, state["given"]):
+        if isinstance(g, np.random.Generator):
+            g.bit_generator.state = json.loads(given)
+        else:
+            g.set_state(given)
 
 
 def save_checkpoint(path, meta, **states):
-    """Tensors and plain values only (loads with weights_only=True); written aside, then renamed, so never half there."""
-    torch.save({"meta": {"format_version": FORMAT_VERSION, **meta}, **states}, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    """Tensors and plain values only (loads with weights_only=True); written aside, flushed to disk, then renamed: there is a whole file or none."""
+    write_aside(path, lambda f: torch.save({"meta": {"format_version": FORMAT_VERSION, **meta}, **states}, f))
+
+
+def write_aside(path, write):
+    """Writes a file next to its place, flushes it to disk, then renames it; what was at `path` stays if that fails."""
+    tmp = Path(f"{path}.tmp")
+    try:
+        with open(tmp, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+        folder = os.open(tmp.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name, too
+        os.close(folder)
+    except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
+        with contextlib.suppress(OSError):
+            tmp.unlink(missing_ok=True)
+        why = getattr(e, "strerror", None) or first_line(e)
+        sys.exit(f"error: {path} cannot be written ({why}); what was saved before is intact: make room there, then run the same command again")
 
 
 def load_meta(data_dir, env_id):
@@ -275,19 +424,48 @@ def load_meta(data_dir, env_id):
     command = f"python collect_expert_data.py --env-id {env_id}"
     try:
         meta = json.loads((Path(data_dir) / "meta.json").read_text())
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         sys.exit(f"error: no dataset at {data_dir} (meta.json is missing): make it with `{command}`, or name another with --data-dir")
-    except ValueError:
+    except (ValueError, RecursionError):
         sys.exit(f"error: {data_dir}/meta.json is not JSON: collect the dataset again with `{command} --overwrite`")
     if not isinstance(meta, dict):
         sys.exit(f"error: {data_dir}/meta.json holds no dictionary: collect the dataset again with `{command} --overwrite`")
     for key, want in (("format_version", FORMAT_VERSION), ("env_id", env_id)):
         if meta.get(key) != want:
-            sys.exit(f"error: {data_dir} has {key} {meta.get(key)}, expected {want}: make one with `{command}`, or name another with --data-dir")
-    missing = [key for key in ("num_levels", "start_level", "splits") if key not in meta]
-    if missing:
-        sys.exit(f"error: {data_dir}/meta.json lacks {', '.join(missing)}: collect the dataset again with `{command} --overwrite`")
+            sys.exit(
+                f"error: {data_dir} has {key} {first_line(meta.get(key))}, expected {want}: make it with `{command}`, or choose another --data-dir"
+            )
+    splits = meta.get("splits") if isinstance(meta.get("splits"), dict) else {}
+    sizes = {split: splits[split].get("num_frames") if isinstance(splits.get(split), dict) else None for split in ("train", "test")}
+    found = {key: meta.get(key) for key in ("num_levels", "start_level")} | {f"splits.{split}.num_frames": n for split, n in sizes.items()}
+    wrong = [key for key, value in found.items() if type(value) is not int or not (3 if "frames" in key else 0) <= value < 2**40]
+    wrong += [key for key in ("num_levels", "start_level") if key not in wrong and meta[key] >= 2**31]
+    if wrong:
+        sys.exit(f"error: {data_dir}/meta.json lacks or misstates {', '.join(wrong)}: collect the dataset again with `{command} --overwrite`")
     return meta
+
+
+def checksum(path):
+    """BLAKE2b of a file, read in pieces."""
+    digest = hashlib.blake2b()
+    with open(path, "rb") as f:
+        while piece := f.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def verify_dataset(data_dir, meta):
+    """Compares every file of a dataset with its checksum in meta.json; refuses, in one sentence, one that has changed."""
+    for split in ("train", "test"):
+        checksums = meta["splits"][split].get("checksums")
+        if not isinstance(checksums, dict):
+            sys.exit(f"error: {data_dir}/meta.json holds no checksums for --verify: leave that out, or collect the dataset again")
+        for name in ("frames.npy", "first.npy", "actions.npy", "rewards.npy", "returns.npy"):
+            path = Path(data_dir) / split / name
+            if path.exists():
+                if checksum(path) != checksums.get(name):
+                    sys.exit(f"error: {path} is not what its checksum in meta.json says: collect the dataset again")
+    print(f"{data_dir}: every file is what its checksum says")
 
 
 def load_array(data_dir, split, name, shape, dtype):
@@ -295,13 +473,22 @@ def load_array(data_dir, split, name, shape, dtype):
     path = Path(data_dir) / split / f"{name}.npy"
     try:
         array = np.lib.format.open_memmap(path, mode="r")  # refuses pickles
-    except (OSError, ValueError, EOFError) as e:
-        why = str(e).splitlines()[0]
-        sys.exit(f"error: {path} is missing or damaged ({why}): collect the dataset again with collect_expert_data.py --overwrite")
-    if array.shape != shape or array.dtype != dtype:
-        found = f"{array.shape} {array.dtype}, expected {shape} {np.dtype(dtype)}"
+    except Exception as e:  # NumPy's parser of headers lets many kinds through
+        sys.exit(f"error: {path} is missing or damaged ({first_line(e)}): collect the dataset again with collect_expert_data.py --overwrite")
+    size = array.offset + array.nbytes
+    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous or path.stat().st_size != size:
+        found = f"{array.shape} {array.dtype}, expected {shape} {np.dtype(dtype)}, in C order and in {size} bytes"
         sys.exit(f"error: {path} holds {found}: collect the dataset again with collect_expert_data.py --overwrite")
     return array
+
+
+def load_actions(data_dir, split, meta):
+    """The true actions (N,) int8, memory-mapped, each one of 0 .. 14."""
+    actions = load_array(data_dir, split, "actions", (meta["splits"][split]["num_frames"],), np.int8)
+    if not 0 <= actions.min() <= actions.max() < 15:
+        found = f"actions from {actions.min()} to {actions.max()}, expected 0 to 14"
+        sys.exit(f"error: {data_dir}/{split}/actions.npy holds {found}: collect the dataset again with collect_expert_data.py --overwrite")
+    return actions
 
 
 def load_frames(data_dir, split, meta):
@@ -324,6 +511,16 @@ def get_windows(frames, t, device):
     triples = np.lib.stride_tricks.as_strided(frames, (len(frames) - 2, 3, 64, 64, 3), (frames.strides[0], *frames.strides))
     window = torch.cat(torch.from_numpy(triples[t - 1]).to(device).unbind(1), dim=-1)  # (B, 64, 64, 9) uint8
     return torch.add(torch.tensor(-0.5, device=device), window.permute(0, 3, 1, 2), alpha=1 / 255)  # x / 255 - 0.5 in one pass
+
+
+def refuse_bad_numbers(run_dir, update, batch, numbers):
+    """Ends the process before a loss or gradient that is not finite reaches the parameters or a checkpoint; notes the batch."""
+    write_aside(run_dir / "bad_batch.json", lambda f: f.write(json.dumps({"update": update, "indices": np.asarray(batch).tolist()}).encode()))
+    found = ", ".join(f"{name} {value}" for name, value in numbers.items())
+    sys.exit(
+        f"error: update {update} met numbers that are not finite ({found}); its batch is in {run_dir}/bad_batch.json, the checkpoint of the last "
+        "good update is intact: lower --learning-rate or try --no-bf16 with --overwrite, or look at these frames"
+    )
 
 
 def predict(idm, vq, fdm, windows, autocast):
@@ -361,6 +558,8 @@ if __name__ == "__main__":
     if (run_dir / "results.json").exists() and not args.overwrite:
         sys.exit(f"error: {run_dir} already holds a finished run: add --overwrite to replace it, or choose another --exp-name or --seed")
     data_meta = load_meta(data_dir, args.env_id)
+    if args.verify:
+        verify_dataset(data_dir, data_meta)
     train_frames, train_t = load_frames(data_dir, "train", data_meta)
     test_frames, test_t = load_frames(data_dir, "test", data_meta)
     for split, t in (("train", train_t), ("test", test_t)):
@@ -369,9 +568,9 @@ if __name__ == "__main__":
     labels = {}  # for the probe only
     for split in ("train", "test"):
         if (data_dir / split / "actions.npy").exists():
-            labels[split] = load_array(data_dir, split, "actions", (data_meta["splits"][split]["num_frames"],), np.int8)
+            labels[split] = load_actions(data_dir, split, data_meta)
 
-    writer = make_writer(run_dir, args)
+    writer, state = start_run(run_dir, args)
 
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -379,7 +578,7 @@ if __name__ == "__main__":
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
-    start_time = time.time()
+    start_time = time.time() - (state["meta"]["wall_seconds"] if state else 0)
 
     latent_dim = args.vq_num_codebooks * args.vq_num_slots * args.vq_dim
     idm = IDM(args.idm_scale, latent_dim).to(device).to(memory_format=torch.channels_last)
@@ -440,17 +639,29 @@ if __name__ == "__main__":
         "data_dir": str(data_dir), "args": asdict(args),
     }  # fmt: skip
     rng = np.random.default_rng(args.seed)
-    curve = []
-    progress = tqdm(range(args.num_updates), unit="update", desc="pretrain", mininterval=1)
+    curve, first_update, low_perplexity, checkpointer = [], 0, 0, Checkpointer(args.checkpoint_seconds)
+    modules = {"idm": idm, "vq": vq, "fdm": fdm, "optimizer": optimizer}
+    if state:
+        with refusing_damage(run_dir / "resume.pt"):
+            for name, module in modules.items():
+                module.load_state_dict(state[name])
+            set_rng_state(state["rng"], rng)
+            curve, first_update = state["meta"]["curve"], state["meta"]["step"]
+    progress = tqdm(
+        range(first_update, args.num_updates), initial=first_update, total=args.num_updates, unit="update", desc="pretrain", mininterval=1
+    )
     for update in progress:
         optimizer.param_groups[0]["lr"] = args.learning_rate * lr_factor(update)
-        windows = get_windows(train_frames, train_t[rng.integers(len(train_t), size=args.batch_size)], device)
+        t = train_t[rng.integers(len(train_t), size=args.batch_size)]
+        windows = get_windows(train_frames, t, device)
         prediction, vq_loss, z, _, perplexity = predict(*networks, windows, autocast)
         fdm_loss = F.mse_loss(prediction, windows[:, 6:])
         loss = fdm_loss + vq_loss
         optimizer.zero_grad()
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(params, args.max_grad_norm)
+        if not torch.isfinite(grad_norm + loss.detach()):
+            refuse_bad_numbers(run_dir, update, t, {"loss": loss.item(), "gradient norm": grad_norm.item()})
         optimizer.step()
 
         step = update + 1
@@ -462,6 +673,12 @@ if __name__ == "__main__":
             writer.add_scalar("losses/grad_norm", grad_norm.item(), step)
             for n, p in enumerate(perplexity.tolist() if args.vq else []):
                 writer.add_scalar(f"codebook/perplexity_{n}", p, step)
+            low_perplexity = low_perplexity + 1 if args.vq and perplexity.min() < 1.5 else 0
+            if low_perplexity == 5:
+                tqdm.write(
+                    f"warning: update {step}: a codebook has collapsed to perplexity {perplexity.min():.2f} (1: a single code), so that its latents "
+                    "say nothing: try a lower --learning-rate, another --seed, --vq-decay 0.99 or --predict-change"
+                )
             writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], step)
             writer.add_scalar("charts/SPS", (progress.format_dict["rate"] or 0) * args.batch_size, step)
         if step % args.eval_every == 0 or step == args.num_updates:
@@ -472,9 +689,19 @@ if __name__ == "__main__":
             curve.append({"update": step, "train/fdm_loss": fdm_loss.item(), **out})
             if args.vq:
                 curve[-1]["perplexity"] = perplexity.tolist()
-            save_checkpoint(run_dir / "checkpoint.pt", {**meta, "updates": step}, idm=idm.state_dict(), vq=vq.state_dict(), fdm=fdm.state_dict())
             shown = {k.split("/")[1]: f"{v:.2e}" if "loss" in k else f"{v:.2f}" for k, v in out.items()}
             progress.set_postfix(shown)
+        if checkpointer.due() or step == args.num_updates:
+            states = {name: module.state_dict() for name, module in modules.items()}
+            progress_meta = {"step": step, "curve": curve, "wall_seconds": time.time() - start_time}
+            # first this, then resume.pt: a run that goes on from there writes this file again
+            weights = {name: states[name] for name in ("idm", "vq", "fdm")}
+            save_checkpoint(run_dir / "checkpoint.pt", {**meta, "updates": step}, **weights)
+            writer.flush()
+            save_checkpoint(run_dir / "resume.pt", {**meta, **progress_meta}, rng=get_rng_state(rng), **states)
+            checkpointer.saved(run_dir)
+    if first_update == args.num_updates:  # interrupted after the last update
+        out, strip, z_test = evaluate()
 
     # what a report needs: the strip, and test latents in order of eval_t["test"]
     Image.fromarray(strip.permute(1, 2, 0).numpy()).save(run_dir / "predictions.png")
@@ -497,7 +724,8 @@ if __name__ == "__main__":
         "samples_per_second": round(args.num_updates * args.batch_size / wall, 1), "wall_seconds": round(wall, 1), "device": str(device),
         "torch": torch.__version__, "command": "python " + " ".join(sys.argv), "args": asdict(args),
     }  # fmt: skip
-    (run_dir / "results.json").write_text(json.dumps(results, indent=2))
+    write_aside(run_dir / "results.json", lambda f: f.write(json.dumps(results, indent=2).encode()))
+    (run_dir / "resume.pt").unlink(missing_ok=True)
     writer.close()
     print(f"FDM loss on test frames {out['test/fdm_loss']:.2e}, copying the last frame {out['test/copy_last_frame_loss']:.2e}")
     print(f"wrote {run_dir}; next: python lapo_bc.py --env-id {args.env_id}")

@@ -7,7 +7,7 @@ cd "$(dirname "$0")"
 ENV_ID=${1:-coinrun}
 PYTHON=${PYTHON:-python}
 OUT=runs/quickstart
-COMMON=(--env-id "$ENV_ID" --seed 1 --runs-dir "$OUT" --overwrite)
+COMMON=(--env-id "$ENV_ID" --seed 1 --runs-dir "$OUT")
 
 if [ ! -f "experts/$ENV_ID.pt" ]; then
     have=$(cd experts && ls -- *.pt | sed 's/\.pt$//' | paste -sd' ')
@@ -19,8 +19,11 @@ fi
 stages=() # script seconds script seconds ...
 stage() { # script flags...: runs it and notes how long it took
     local start=$SECONDS
-    echo "== $PYTHON $*"
-    "$PYTHON" "$@"
+    # a finished stage is done again, one that was interrupted goes on
+    local again=()
+    if [ -f "$OUT/${ENV_ID}__${1%.py}__1/results.json" ]; then again=(--overwrite); fi
+    echo "== $PYTHON $*" "${again[@]}"
+    "$PYTHON" "$@" "${again[@]}"
     stages+=("$1" $((SECONDS - start)))
 }
 

@@ -1,12 +1,17 @@
 """Shared by the tests: the five scripts as modules, toy-size flags, ways to run a script, and one toy run of the whole pipeline."""
 
+import contextlib
+import fcntl
 import hashlib
 import importlib
+import io
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,13 +93,33 @@ def start(stage, *flags, cwd):
 
 
 def inline(monkeypatch, cwd, stage, *flags):
-    """Runs a script in this process, which saves the seconds of importing torch. Returns its globals."""
+    """Runs a script in this process, which saves the seconds of importing torch. Returns its globals.
+
+    As with a process of its own, its locks and signal handlers end with it, and an OSError becomes the sentence that its sys.excepthook prints.
+    """
+    handlers, locks = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, []
+    flock, thread_hook = fcntl.flock, threading.excepthook
+
+    def locking(file, operation):
+        locks.append(file)
+        flock(file, operation)
+
     monkeypatch.chdir(cwd)
     monkeypatch.setattr(sys, "argv", [f"{stage}.py", *map(str, flags)])
+    monkeypatch.setattr(fcntl, "flock", locking)
     try:
         return runpy.run_path(str(ROOT / f"{stage}.py"), run_name="__main__")
+    except OSError as e:
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+            sys.excepthook(type(e), e, e.__traceback__)
+        sys.exit(stderr.getvalue().removesuffix("\n"))
     finally:
         torch.backends.cudnn.deterministic = False
+        sys.excepthook, threading.excepthook = sys.__excepthook__, thread_hook
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for lock in locks:
+            lock.close()
 
 
 @pytest.fixture(scope="session")

@@ -203,17 +203,17 @@ def test_interrupted_collection_is_no_dataset(work, monkeypatch, refuse, pipelin
 def test_interrupted_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     """A save that dies half way leaves the checkpoint before it whole."""
     path = tmp_path / "checkpoint.pt"
-    collect.save_checkpoint(path, {"stage": "s", "env_id": "e", "args": {}}, model={"w": torch.ones(3)})
+    meta = {"stage": "s", "env_id": "e", "num_levels": 0, "start_level": 0, "args": {}}
+    collect.save_checkpoint(path, meta, model={"w": torch.ones(3)})
     before = path.read_bytes()
 
     def half(value, target):
-        with open(target, "wb") as f:
-            f.write(b"half")
+        target.write(b"half")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(torch, "save", half)
-        collect.save_checkpoint(path, {"stage": "s", "env_id": "e", "args": {}}, model={"w": torch.zeros(3)})
+        collect.save_checkpoint(path, meta, model={"w": torch.zeros(3)})
     assert path.read_bytes() == before
     loaded = collect.load_checkpoint(path, "s", "e", "make")
     assert torch.equal(loaded["model"]["w"], torch.ones(3))

@@ -1,0 +1,493 @@
+"""Runs that stop, go on, or must not: resuming, signals, locks, full disks, numbers that are not finite, --verify, hostile files."""
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import json
+import os
+import re
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ENV_ID, ROOT, STAGES, TOY, collect, inline, link_tree, replace, run_dir, same_tensors, snapshot, start
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+NOW = ["--checkpoint-seconds", "0"]  # save whenever that is possible
+FRESH = ["--exp-name", "fresh"]  # a run folder that is not there yet
+FRESH_DIR = run_dir("fresh")
+VARIANTS = {stage: (stage, []) for stage in STAGES}
+VARIANTS |= {f"lapo_finetune_ppo_{flag.replace('-', '_')}": ("lapo_finetune_ppo", [f"--{flag}"]) for flag in ("no-sl", "from-scratch")}
+READERS = STAGES[1:4]  # of the dataset
+TIMES = {"wall_seconds", "samples_per_second", "command", "checkpoint_seconds"}  # in results.json and meta.json: differ between equal runs
+
+
+@pytest.fixture
+def work(pipeline, tmp_path):
+    """The finished toy pipeline by hard links: scripts replace files there, never write into them."""
+    return link_tree(pipeline.cwd, tmp_path / "work")
+
+
+def inputs(pipeline, folder, name):
+    """What the run `name` reads, in a folder of its own: the dataset and the runs of the other stages."""
+    stage = VARIANTS[name][0]
+    folder.mkdir(parents=True)
+    if stage != "collect_expert_data":
+        link_tree(pipeline.cwd / "data", folder / "data")
+        for other in STAGES[: STAGES.index(stage)]:
+            link_tree(pipeline.cwd / run_dir(other), folder / run_dir(other))
+    return folder
+
+
+def run(cwd, stage, *flags, stop_after=None, stop_at="resume.pt", patch=None):
+    """Runs a script in this process. True if it was stopped: as by a kill, right after `stop_at` has been written for the `stop_after`th time.
+
+    patch(monkeypatch) prepares more.
+    """
+    count, os_replace = 0, os.replace
+
+    def replacing(source, target):
+        nonlocal count
+        os_replace(source, target)
+        count += Path(target).name == stop_at
+        if Path(target).name == stop_at and count == stop_after:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(os, "replace", replacing)
+        if patch:
+            patch(monkeypatch)
+        try:
+            inline(monkeypatch, cwd, stage, *flags)
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
+def refused(*args, **kwargs):
+    """The sentence with which a run refuses, after checking its form."""
+    with pytest.raises(SystemExit) as caught:
+        run(*args, **kwargs)
+    message = caught.value.code
+    assert isinstance(message, str) and message.startswith("error: ") and len(message.splitlines()) == 1, message
+    return message
+
+
+def without_times(tree):
+    """A results.json or meta.json without what differs between equal runs."""
+    if isinstance(tree, dict):
+        return {key: without_times(value) for key, value in tree.items() if key not in TIMES}
+    return [without_times(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def scalars(folder):
+    """{tag: [(step, value), ...]} of a run folder's TensorBoard files, without the rates."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"] if tag != "charts/SPS"}
+
+
+def age_events(folder, number):
+    """Gives a stopped run's TensorBoard file an older name. Files are read by name, which starts with the second they were made in."""
+    for path in folder.glob("events.out.tfevents.*"):
+        if not path.name.startswith("events.out.tfevents.000"):
+            path.rename(folder / f"events.out.tfevents.000{number:07d}")
+
+
+def assert_same_run(again, reference, name):
+    """Asserts that two working directories hold the same run `name`, apart from times."""
+    folder, known = again / run_dir(name), reference / run_dir(name)
+    assert same_tensors(folder / "checkpoint.pt", known / "checkpoint.pt")
+    assert [without_times(json.loads((f / "results.json").read_text())) for f in (folder, known)][0] == without_times(
+        json.loads((known / "results.json").read_text())
+    )
+    assert scalars(folder) == scalars(known)
+    for path in [*known.glob("*.npy"), *known.glob("*.png")]:
+        assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
+    assert not list(folder.glob("resume.pt")) and not list(folder.rglob("*.tmp"))
+    if name == "collect_expert_data":
+        for path in (reference / "data").rglob("*.npy"):
+            assert (again / path.relative_to(reference)).read_bytes() == path.read_bytes(), path.name
+        metas = [without_times(json.loads((cwd / "data" / ENV_ID / "meta.json").read_text())) for cwd in (again, reference)]
+        assert metas[0] == metas[1]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_resumed_equals_uninterrupted(pipeline, tmp_path, name):
+    """A run that is killed after each of its saves (collecting: the first five, then every 40th) ends as one that never was: same tensors,
+    results, logs and files, bit for bit."""
+    stage, flags = VARIANTS[name]
+    cwd = inputs(pipeline, tmp_path / "work", name)
+    stops = itertools.chain([1] * 5, itertools.repeat(40 if stage == "collect_expert_data" else 1))
+    for number, stop_after in enumerate(stops):
+        assert number < 30, "the run does not get on"
+        if not run(cwd, stage, *TOY[stage], *flags, *NOW, stop_after=stop_after):
+            break
+        age_events(cwd / run_dir(name), number)
+    assert number >= 4
+    assert_same_run(cwd, pipeline.cwd, name)
+
+
+@pytest.mark.parametrize("stop_at", ["checkpoint.pt", "meta.json"])
+def test_killed_between_two_files(pipeline, tmp_path, stop_at):
+    """A kill right after another file than resume.pt has been written, the dataset's meta.json too, leaves nothing that cannot go on."""
+    cwd = tmp_path / "work"
+    cwd.mkdir()
+    assert run(cwd, "collect_expert_data", *TOY["collect_expert_data"], *NOW, stop_after=1, stop_at=stop_at)
+    age_events(cwd / run_dir("collect_expert_data"), 0)
+    assert not run(cwd, "collect_expert_data", *TOY["collect_expert_data"], *NOW)
+    assert_same_run(cwd, pipeline.cwd, "collect_expert_data")
+
+
+def kill_after_first_save(monkeypatch):
+    """This process gets a SIGTERM when the first resume.pt is there."""
+    replacing, sent = os.replace, []
+
+    def replace_and_kill(source, target):
+        replacing(source, target)
+        if Path(target).name == "resume.pt" and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+
+    monkeypatch.setattr(os, "replace", replace_and_kill)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_sigterm_ends_with_the_command_to_go_on(pipeline, tmp_path, capsys, stage):
+    """SIGTERM ends a run with status 0 and the command that goes on, which holds for a shell and does not start afresh."""
+    cwd = inputs(pipeline, tmp_path / "work", stage)
+    (cwd / "runs").mkdir(exist_ok=True)
+    (cwd / "runs").rename(cwd / "my runs")
+    flags = [*TOY[stage], *NOW, "--runs-dir", "my runs"]
+    with pytest.raises(SystemExit) as caught:
+        run(cwd, stage, *flags, "--overwrite", patch=kill_after_first_save)
+    assert not caught.value.code
+    (command,) = re.findall(r"go on with: python (.*)", capsys.readouterr().out)
+    script, *rest = shlex.split(command)
+    assert Path(script).name == f"{stage}.py" and rest == flags
+    step = torch.load(cwd / "my runs" / run_dir(stage).name / "resume.pt", weights_only=True)["meta"]["step"]
+    assert run(cwd, stage, *shlex.split(command)[1:], stop_after=1)
+    assert "going on with the unfinished run" in capsys.readouterr().out
+    assert torch.load(cwd / "my runs" / run_dir(stage).name / "resume.pt", weights_only=True)["meta"]["step"] >= step
+
+
+def test_sigterm_to_a_process(work, tmp_path):
+    """As a process: SIGTERM ends it after its update with status 0, and the printed command finishes the run."""
+    flags = [*TOY["lapo_pretrain"], *FRESH, *NOW, "--num-updates", "150"]
+    with subprocess.Popen(
+        [sys.executable, ROOT / "lapo_pretrain.py", *flags], cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as p:
+        deadline = time.time() + 60
+        while not (work / FRESH_DIR / "resume.pt").exists() and time.time() < deadline:
+            time.sleep(0.02)
+        p.send_signal(signal.SIGTERM)
+        out, err = p.communicate(timeout=60)
+    assert p.returncode == 0, err
+    assert "Traceback" not in err and not list((work / FRESH_DIR).glob("*.tmp"))
+    assert torch.load(work / FRESH_DIR / "resume.pt", weights_only=True)["meta"]["step"] < 150
+    (command,) = re.findall(r"go on with: python (.*)", out)
+    done = subprocess.run([sys.executable, *shlex.split(command)], cwd=work, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((work / FRESH_DIR / "results.json").read_text())["updates"] == 150
+
+
+def test_other_arguments_do_not_go_on(work):
+    """An unfinished run is refused with the list of arguments that differ; --overwrite starts afresh; --resume needs something to go on with."""
+    flags = [*TOY["lapo_pretrain"], *FRESH]
+    assert run(work, "lapo_pretrain", *flags, *NOW, stop_after=2)
+    before = snapshot(work)
+    message = refused(work, "lapo_pretrain", *flags, "--learning-rate", "0.001", "--max-grad-norm", "1")
+    assert "--learning-rate 0.0003 (now 0.001)" in message and "--max-grad-norm 2.0 (now 1.0)" in message and "--overwrite" in message
+    assert "--batch-size" not in message and snapshot(work) == before
+    assert run(work, "lapo_pretrain", *flags, *NOW, "--resume", stop_after=1)
+    assert torch.load(work / FRESH_DIR / "resume.pt", weights_only=True)["meta"]["step"] == 3
+    assert run(work, "lapo_pretrain", *flags, *NOW, "--learning-rate", "0.001", "--overwrite", stop_after=1)
+    assert torch.load(work / FRESH_DIR / "resume.pt", weights_only=True)["meta"]["step"] == 1
+    message = refused(work, "lapo_pretrain", *TOY["lapo_pretrain"], "--exp-name", "other", "--resume")
+    assert "--resume" in message and "no unfinished run" in message
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_second_process_is_refused(work, stage):
+    """What another process is writing to is refused in a sentence, unchanged, be it the run folder or the dataset."""
+    flags = [*TOY[stage], *FRESH, *(["--data-dir", "fresh"] if stage == "collect_expert_data" else [])]
+    for folder in [FRESH_DIR] + [Path("fresh")] * (stage == "collect_expert_data"):
+        assert run(work, stage, *flags, *NOW, stop_after=1)
+        with open(work / folder / ".lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            before = snapshot(work)
+            for more in ([], ["--overwrite"]):
+                message = refused(work, stage, *flags, *more)
+                assert "another process" in message and str(folder) in message
+            assert snapshot(work) == before
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_folder_that_cannot_be_made(work, pipeline, stage):
+    """A run folder that cannot be made is refused in a sentence that names it."""
+    (work / "file").write_text("no folder")
+    flags = ["--runs-dir", "file/runs"] + (["--data-dir", "fresh"] if stage == "collect_expert_data" else [])
+    flags += ["--pretrain-checkpoint", pipeline.checkpoints["lapo_pretrain"]] * (stage == "lapo_bc")
+    flags += ["--bc-checkpoint", pipeline.checkpoints["lapo_bc"]] * (stage in ("lapo_decode", "lapo_finetune_ppo"))
+    assert "file/runs" in refused(work, stage, *TOY[stage], *flags)
+    assert (work / "file").read_text() == "no folder"
+
+
+@contextlib.contextmanager
+def small_disk(limit):
+    """No file of this process can grow beyond `limit` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("how", ["write", "fsync", "replace"])
+def test_full_disk_while_saving(tmp_path, monkeypatch, how):
+    """A checkpoint that cannot be written, flushed or renamed is one sentence; the one before it is intact, and no half of a file stays."""
+    path, meta = tmp_path / "checkpoint.pt", {"stage": "lapo_pretrain", "env_id": ENV_ID}
+    collect.save_checkpoint(path, meta, model={"w": torch.zeros(100_000)})
+    before = snapshot(tmp_path)
+    with pytest.raises(SystemExit) as caught, monkeypatch.context() as patch:
+        if how != "write":
+            patch.setattr(os, how, full)
+        with small_disk(100_000) if how == "write" else contextlib.nullcontext():
+            collect.save_checkpoint(path, meta, model={"w": torch.ones(100_000)})
+    message = caught.value.code
+    assert message.startswith("error: ") and len(message.splitlines()) == 1 and str(path) in message and "intact" in message
+    assert how == "write" or "No space left" in message
+    assert snapshot(tmp_path) == before
+
+
+def test_run_goes_on_after_a_full_disk(pipeline, tmp_path):
+    """A run whose disk fills up says so; with room again, the same command ends as if nothing had been."""
+    cwd = inputs(pipeline, tmp_path / "work", "lapo_pretrain")
+    flags = [*TOY["lapo_pretrain"], *NOW]
+    assert run(cwd, "lapo_pretrain", *flags, stop_after=2)
+    age_events(cwd / run_dir("lapo_pretrain"), 0)
+    before = {name: (cwd / run_dir("lapo_pretrain") / name).read_bytes() for name in ("resume.pt", "checkpoint.pt")}
+    assert "cannot be written" in refused(cwd, "lapo_pretrain", *flags, patch=lambda m: m.setattr(os, "fsync", full))
+    assert {name: (cwd / run_dir("lapo_pretrain") / name).read_bytes() for name in before} == before
+    age_events(cwd / run_dir("lapo_pretrain"), 1)
+    assert not run(cwd, "lapo_pretrain", *flags)
+    assert_same_run(cwd, pipeline.cwd, "lapo_pretrain")
+
+
+@pytest.fixture
+def tmpfs(tmp_path):
+    """A small file system in memory, at a folder of its own."""
+    folder = tmp_path / "tmpfs"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("this process may not mount a file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("stage", STAGES)
+def test_disk_that_fills_up(pipeline, tmp_path, tmpfs, stage):
+    """On a file system without any room left: one sentence, what was saved is intact; with room again, the run ends as if nothing had been."""
+    cwd = inputs(pipeline, tmp_path / "work", stage)
+    (tmpfs / run_dir(stage).name).mkdir()
+    (cwd / "runs").mkdir(exist_ok=True)
+    (cwd / run_dir(stage)).symlink_to(tmpfs / run_dir(stage).name)
+    assert run(cwd, stage, *TOY[stage], *NOW, stop_after=2)
+    age_events(cwd / run_dir(stage), 0)
+    before = {path.name: path.read_bytes() for path in (cwd / run_dir(stage)).glob("*.pt")}
+    free = os.statvfs(tmpfs)
+    (tmpfs / "ballast").write_bytes(bytes(free.f_bavail * free.f_bsize))
+    assert "No space left" in refused(cwd, stage, *TOY[stage], *NOW)
+    assert {path.name: path.read_bytes() for path in (cwd / run_dir(stage)).glob("*.pt")} == before
+    (tmpfs / "ballast").unlink()
+    age_events(cwd / run_dir(stage), 1)
+    assert not run(cwd, stage, *TOY[stage], *NOW)
+    assert_same_run(cwd, pipeline.cwd, stage)
+
+
+@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync"])
+def test_full_disk_while_collecting(work, call):
+    """A disk without room for the dataset is one sentence, at once or while writing, and there is no meta.json afterwards."""
+
+    def patch(monkeypatch):
+        original = getattr(os, call)
+        # fsync also serves checkpoints, which are not what this is about
+        monkeypatch.setattr(os, call, lambda fd, *a: full() if os.readlink(f"/proc/self/fd/{fd}").endswith(".npy") else original(fd, *a))
+
+    flags = [*FRESH, "--data-dir", "fresh", "--expert-checkpoint", work / run_dir("collect_expert_data") / "checkpoint.pt", "--eval-episodes", "2"]
+    message = refused(work, "collect_expert_data", *TOY["collect_expert_data"], *NOW, *flags, patch=patch)
+    assert "No space left" in message and "run the same command again" in message
+    assert not (work / "fresh" / "meta.json").exists()
+    assert not run(work, "collect_expert_data", *TOY["collect_expert_data"], *NOW, *flags)  # with room again
+    assert (work / "fresh" / "meta.json").exists()
+
+
+@pytest.mark.parametrize("stage", [s for s in STAGES if s != "lapo_decode"])
+def test_numbers_that_are_not_finite(pipeline, tmp_path, stage):
+    """A loss or gradient that is not finite ends the run in a sentence with the update; the batch is noted, what was saved stays as it was."""
+    cwd = inputs(pipeline, tmp_path / "work", stage)
+    assert run(cwd, stage, *TOY[stage], *NOW, stop_after=7 if stage == "lapo_bc" else 1)  # cloning labels first, and saves then too
+    step = torch.load(cwd / run_dir(stage) / "resume.pt", weights_only=True)["meta"]["step"]
+    before = {name: data for name, data in snapshot(cwd).items() if name.suffix in (".pt", ".npy")}
+
+    def patch(monkeypatch):
+        nan = torch.tensor(torch.nan)
+        if stage in ("lapo_pretrain", "lapo_bc"):
+            mse_loss = F.mse_loss
+            monkeypatch.setattr(F, "mse_loss", lambda *a: mse_loss(*a) * nan)
+        else:
+            monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: nan)
+
+    message = refused(cwd, stage, *TOY[stage], *NOW, patch=patch)
+    update, size = (step, 16) if stage in ("lapo_pretrain", "lapo_bc") else (1, 512 // 8)
+    assert f"update {update} " in message and "nan" in message and "not finite" in message
+    noted = json.loads((cwd / run_dir(stage) / "bad_batch.json").read_text())
+    assert noted["update"] == update and len(noted["indices"]) == size
+    assert {name: data for name, data in snapshot(cwd).items() if name.suffix in (".pt", ".npy")} == before
+
+
+def test_decoder_loss_that_is_not_finite(pipeline, tmp_path):
+    """A decoder or a cloned policy whose loss is not finite ends decoding in a sentence."""
+    cwd = inputs(pipeline, tmp_path / "work", "lapo_decode")
+    nan = torch.tensor(torch.nan)
+    message = refused(cwd, "lapo_decode", *TOY["lapo_decode"], patch=lambda m: m.setattr(F, "cross_entropy", lambda *a, **k: nan))
+    assert "Decoder" in message and "nan" in message and "learning rate" in message
+
+
+def test_collapsed_codebook_is_reported(work, capsys):
+    """Codebooks of a single code have perplexity 1: pretraining warns, once, and says what to try."""
+    flags = ["--vq-num-codes", "1", "--num-updates", "250", "--batch-size", "2", "--eval-every", "1000"]
+    run(work, "lapo_pretrain", *TOY["lapo_pretrain"], *FRESH, *flags)
+    shown = capsys.readouterr()
+    (warning,) = [line for line in (shown.out + shown.err).splitlines() if "warning" in line and "codebook" in line]
+    assert "collapsed" in warning and "1.00" in warning and "try" in warning and "--" in warning
+
+
+def test_verify_passes_a_good_dataset(work, capsys):
+    """--verify lets through a dataset as it was collected."""
+    run(work, "lapo_pretrain", *TOY["lapo_pretrain"], *FRESH, "--verify", "--num-updates", "1")
+    assert "every file is what its checksum says" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", READERS)
+def test_verify_refuses_changes(work, stage):
+    """--verify refuses a flipped bit in any file, which no size or header shows, by its name; and a dataset without checksums."""
+    data = work / "data" / ENV_ID
+    for name in ("train/frames", "test/frames", "train/first", "train/actions", "test/rewards", "train/returns"):
+        path = data / f"{name}.npy"
+        good = path.read_bytes()
+        replace(path, good[:-1] + bytes([good[-1] ^ 1]))
+        message = refused(work, stage, *TOY[stage], *FRESH, "--verify")
+        assert f"{name}.npy" in message and "checksum" in message
+        replace(path, good)
+    meta = json.loads((data / "meta.json").read_text())
+    for info in meta["splits"].values():
+        del info["checksums"]
+    replace(data / "meta.json", json.dumps(meta))
+    assert "no checksums" in refused(work, stage, *TOY[stage], *FRESH, "--verify")
+
+
+class Bomb:
+    """Unpickling it makes a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("boom",)
+
+
+def test_pickle_bombs_do_not_go_off(work, tmp_path):
+    """A checkpoint.pt or resume.pt that would run code is refused in a sentence, and the code does not run."""
+    good = torch.load(work / run_dir("lapo_pretrain") / "checkpoint.pt", weights_only=True)
+    (work / FRESH_DIR).mkdir()
+    torch.save({**good, "idm": Bomb()}, work / "bomb.pt")
+    torch.save({**good, "idm": Bomb()}, work / FRESH_DIR / "resume.pt")
+    assert "bomb.pt cannot be read" in refused(work, "lapo_bc", *TOY["lapo_bc"], *FRESH, "--pretrain-checkpoint", "bomb.pt")
+    assert "resume.pt cannot be read" in refused(work, "lapo_pretrain", *TOY["lapo_pretrain"], *FRESH)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        assert not Path("boom").exists()
+        torch.load("bomb.pt", weights_only=False)
+        assert Path("boom").exists()  # it would have
+
+
+@pytest.mark.parametrize("version", [0, 99])
+def test_other_format_versions_are_named(work, version):
+    """A checkpoint, a state to resume from or a dataset of another format version is refused with the version found and the one expected."""
+    path = work / run_dir("lapo_pretrain") / "checkpoint.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["meta"]["format_version"] = version
+    torch.save(checkpoint, work / "other.pt")
+    words = f"has format_version {version}, expected 1"
+    assert f"other.pt {words}" in refused(work, "lapo_bc", *TOY["lapo_bc"], *FRESH, "--pretrain-checkpoint", "other.pt")
+
+    assert run(work, "lapo_pretrain", *TOY["lapo_pretrain"], *FRESH, *NOW, stop_after=1)
+    state = torch.load(work / FRESH_DIR / "resume.pt", weights_only=True)
+    state["meta"]["format_version"] = version
+    torch.save(state, work / FRESH_DIR / "resume.pt")
+    assert f"resume.pt {words}" in refused(work, "lapo_pretrain", *TOY["lapo_pretrain"], *FRESH)
+
+    meta_path = work / "data" / ENV_ID / "meta.json"
+    replace(meta_path, json.dumps({**json.loads(meta_path.read_text()), "format_version": version}))
+    for stage in READERS:
+        assert words in refused(work, stage, *TOY[stage], "--exp-name", "unread")
+
+
+@pytest.mark.parametrize("damage", ["text", "no step", "other weights", "no generator"])
+def test_damaged_state_is_refused(work, damage):
+    """A resume.pt that is no such file, or lacks or misstates a part, is refused in a sentence that says how to start afresh."""
+    assert run(work, "lapo_pretrain", *TOY["lapo_pretrain"], *FRESH, *NOW, stop_after=1)
+    path = work / FRESH_DIR / "resume.pt"
+    state = torch.load(path, weights_only=True)
+    if damage == "no step":
+        del state["meta"]["step"]
+    elif damage == "other weights":
+        state["idm"]["head.weight"] = torch.zeros(3)
+    elif damage == "no generator":
+        del state["rng"]
+    torch.save(state, path)
+    if damage == "text":
+        path.write_text("not a checkpoint")
+    message = refused(work, "lapo_pretrain", *TOY["lapo_pretrain"], *FRESH)
+    assert "resume.pt" in message and "--overwrite" in message
+
+
+def test_refusal_of_a_lock_reaches_the_shell(work):
+    """As processes: while one runs, a second one on the same folder ends with status 1 and one line, and the first one finishes."""
+    flags = [*TOY["lapo_pretrain"], *FRESH, *NOW, "--num-updates", "100"]
+    with subprocess.Popen(
+        [sys.executable, ROOT / "lapo_pretrain.py", *flags], cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as first:
+        deadline = time.time() + 60
+        while not (work / FRESH_DIR / "resume.pt").exists() and time.time() < deadline:
+            time.sleep(0.02)
+        first.send_signal(signal.SIGSTOP)  # it stays there as long as the second one needs
+        second = start("lapo_pretrain", *flags, cwd=work)
+        first.send_signal(signal.SIGCONT)
+        assert first.wait(120) == 0
+    assert second.returncode == 1 and "another process" in second.stderr.splitlines()[-1] and "Traceback" not in second.stderr
+
+
+def test_arrays_of_a_resumed_dataset(pipeline, tmp_path):
+    """Collecting that finds its arrays gone, or of another size, does not go on as if nothing had been."""
+    cwd = tmp_path / "work"
+    cwd.mkdir()
+    flags = [*TOY["collect_expert_data"], *NOW, "--expert-checkpoint", pipeline.checkpoints["collect_expert_data"], "--eval-episodes", "2"]
+    assert run(cwd, "collect_expert_data", *flags, stop_after=3)
+    path = cwd / "data" / ENV_ID / "train" / "first.npy"
+    np.save(path, np.zeros(5, dtype=bool))
+    assert "first.npy" in refused(cwd, "collect_expert_data", *flags)
+    path.unlink()
+    assert "first.npy" in refused(cwd, "collect_expert_data", *flags)
