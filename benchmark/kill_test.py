@@ -61,7 +61,7 @@ TIMES = {"wall_seconds", "samples_per_second", "frames_per_second"}  # differ fr
 @dataclass
 class Args:
     kills_per_stage: int = 20
-    """kills of each stage; those of fine-tuning are spread over its three forms"""
+    """kills of each stage; fine-tuning's three forms take turns, run by run"""
     seed: int = 1
     """seed of the moments"""
     stages: tuple[str, ...] = STAGES
