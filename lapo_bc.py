@@ -25,14 +25,17 @@ import json
 import math
 import mmap
 import os
+import platform
 import random
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
 import zipfile
 from dataclasses import asdict, dataclass
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import numpy as np
@@ -363,10 +366,11 @@ def load_network(build, state, path, made_by):
     try:
         with torch.device("meta"):
             network = build()
+        dtypes = {name: tensor.dtype for name, tensor in network.state_dict().items()}  # float32, but for what batch normalisation counts
         network.load_state_dict(state, assign=True)
         for name, tensor in network.state_dict().items():
-            if (tensor.dtype, tensor.layout, tensor.device.type) != (torch.float32, torch.strided, "cpu"):
-                raise ValueError(f"{name} is not a float32 tensor")
+            if (tensor.dtype, tensor.layout, tensor.device.type) != (dtypes[name], torch.strided, "cpu"):
+                raise ValueError(f"{name} is not a tensor of {dtypes[name]}")
     except Exception as e:
         sys.exit(f"error: the weights in {path} do not fit its arguments ({first_line(e)}): make it again with `{made_by}`")
     return network
@@ -495,6 +499,26 @@ def num_latents(pretrain_args):
     return pretrain_args["vq_num_codebooks"] * pretrain_args["vq_num_slots"] * pretrain_args["vq_dim"]
 
 
+def provenance(args, device):
+    """What a result rests on, for results.json: arguments, command, git commit of this script's folder, device and versions."""
+    name = platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif Path("/proc/cpuinfo").exists():
+        name = next((line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), name)
+    try:
+        git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git here
+        commit = None
+    packages = {"torch": "torch", "numpy": "numpy", "procgen": packages_distributions()["procgen"][0]}  # a mirror, maybe
+    versions = {"python": platform.python_version(), **{name: version(package) for name, package in packages.items()}}
+    return {
+        "device": str(device), "device_name": name, "threads": torch.get_num_threads(), "commit": commit, "versions": versions,
+        "command": "python " + shlex.join(sys.argv), "args": asdict(args),
+    }  # fmt: skip
+
+
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if args.env_id not in ENV_NAMES:
@@ -526,6 +550,7 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    origin = provenance(args, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     start_time = time.time() - (state["meta"]["wall_seconds"] if state else 0)
 
@@ -633,8 +658,7 @@ if __name__ == "__main__":
     results = {
         "stage": "lapo_bc", "env_id": args.env_id, "seed": args.seed, "updates": args.num_updates, "test/latent_mse": test_mse,
         "test/mean_latent_mse": mean_mse, "curve": curve, "samples_per_second": round(args.num_updates * args.batch_size / wall, 1),
-        "wall_seconds": round(wall, 1), "device": str(device), "torch": torch.__version__,
-        "command": "python " + " ".join(sys.argv), "args": asdict(args),
+        "wall_seconds": round(wall, 1), **origin,
     }  # fmt: skip
     write_aside(run_dir / "results.json", lambda f: f.write(json.dumps(results, indent=2).encode()))
     (run_dir / "resume.pt").unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10,<3.13"
-# dependencies = ["torch==2.13.0", "procgen-mirror==0.10.7", "gym==0.26.2", "numpy<2", "tyro", "tensorboard", "tqdm"]
+# dependencies = ["torch==2.13.0", "procgen-mirror==0.10.7", "gym==0.26.2", "numpy<2", "tyro", "tensorboard", "tqdm", "pillow", "scikit-learn>=1.7"]
 # ///
 """LAPO, stage 4 of 5, offline: a handful of action labels turns the latent policy into one that plays (paper section 6.4).
 
@@ -17,19 +17,24 @@ Next:
 """
 
 import contextlib
+import copy
 import fcntl
 import hashlib
 import json
 import os
+import platform
 import random
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
 import zipfile
 from dataclasses import asdict, dataclass
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -37,8 +42,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.optim as optim
 import tyro
+from PIL import Image, ImageDraw, ImageFont
 from procgen import ProcgenGym3Env
 from procgen.env import ENV_NAMES
+from sklearn.cluster import kmeans_plusplus
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -76,7 +83,7 @@ class Args:
     wandb_entity: str | None = None
     """the entity (team) of wandb's project"""
     capture_video: bool = False
-    """write a GIF of LAPO + decoder (n = table_labels, first draw) to the run folder"""
+    """write a GIF of LAPO + decoder (n = table_labels, first draw) to the run folder, with the actions it takes"""
     runs_dir: str = "runs"
     """where run folders (TensorBoard logs, checkpoint.pt, results.json) are made"""
     overwrite: bool = False
@@ -116,10 +123,30 @@ class Args:
     """hidden widths of the decoder"""
     decoder_updates: int = 200
     """gradient steps of a decoder; many overfit a handful of labels"""
+    decoder_features: bool = False
+    """ours: the decoder sees the policy's 256 features beside its latent, and learns from both on the labelled frames, not from the IDM's latent"""
+    finetune: Literal["none", "head", "all"] = "none"
+    """ours: then train the policy through the decoder on the labels: its last two layers (head), or all of them"""
+    finetune_updates: int = 200
+    """gradient steps of that"""
+    finetune_learning_rate: float = 1e-4
+    """Adam's learning rate for that, linearly to 0"""
+    pseudo_labels: bool = False
+    """ours: the decoder labels up to 65,536 training frames with probabilities, and a second one, on the policy's features, learns from those"""
+    pseudo_updates: int = 1500
+    """gradient steps of that second decoder"""
+    latent_steps: int = 1
+    """ours, with --pseudo-labels: the first decoder sees the IDM's latents z_t ... z_{t+k-1}, for actions that show late"""
+    choose_labels: Literal["random", "spread"] = "random"
+    """ours: label frames drawn at random, or spread over the IDM's latents by k-means++ (up to 1,024 of them, the rest at random)"""
+    bc: bool = True
+    """play behaviour cloning from scratch, too"""
     decoder_learning_rate: float = 1e-3
     """Adam's learning rate for a decoder, linearly to 0"""
     bc_updates: int = 1000
     """gradient steps of behaviour cloning from scratch; few learn little more than how often each action is taken, many overfit"""
+    bc_epochs: int = 0
+    """at least so many passes over the labels, if that takes more steps than bc_updates"""
     bc_learning_rate: float = 5e-4
     """Adam's learning rate for behaviour cloning from scratch, linearly to 0"""
     bc_batch_size: int = 128
@@ -203,6 +230,26 @@ class Decoder(nn.Module):
 
     def forward(self, z):
         return self.mlp((z - self.mean) / self.std)
+
+
+def policy_outputs(policy, obs, features):
+    """Observations (B, 64, 64, 3) uint8 -> pi(o_t) (B, latent_dim), and beside it, if asked for, the features (B, 256) that it is made from."""
+    x = policy.network(obs.permute(0, 3, 1, 2).float() / 255 - 0.5)
+    z = policy.head(x).float()
+    return torch.cat([z, x.float()], dim=1) if features else z
+
+
+class DecodedPolicy(nn.Module):
+    """Observations (B, 64, 64, 3) uint8 -> action logits (B, 15), through the cloned policy and a decoder, which computes in float32."""
+
+    def __init__(self, policy, decoder, features):
+        super().__init__()
+        self.policy, self.decoder, self.features = policy, decoder, features
+
+    def forward(self, obs):
+        x = policy_outputs(self.policy, obs, self.features)
+        with torch.autocast(obs.device.type, enabled=False):
+            return self.decoder(x)
 
 
 class ScratchPolicy(nn.Module):
@@ -401,10 +448,11 @@ def load_network(build, state, path, made_by):
     try:
         with torch.device("meta"):
             network = build()
+        dtypes = {name: tensor.dtype for name, tensor in network.state_dict().items()}  # float32, but for what batch normalisation counts
         network.load_state_dict(state, assign=True)
         for name, tensor in network.state_dict().items():
-            if (tensor.dtype, tensor.layout, tensor.device.type) != (torch.float32, torch.strided, "cpu"):
-                raise ValueError(f"{name} is not a float32 tensor")
+            if (tensor.dtype, tensor.layout, tensor.device.type) != (dtypes[name], torch.strided, "cpu"):
+                raise ValueError(f"{name} is not a tensor of {dtypes[name]}")
     except Exception as e:
         sys.exit(f"error: the weights in {path} do not fit its arguments ({first_line(e)}): make it again with `{made_by}`")
     return network
@@ -536,6 +584,23 @@ def make_env(env_id, num_envs, num_levels, start_level, seed):
     )
 
 
+def draw_action(picture, action):
+    """A picture (192, 192, 3) uint8 with the action taken on seeing it in the upper left corner: an arrow, a dot for none, a button's letter."""
+    image = Image.fromarray(picture)
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((4, 4, 40, 40), fill="white", outline="black")
+    dx, dy = action // 3 - 1, 1 - action % 3  # Procgen's actions 0-8 are 3 * (right + 1) + (up + 1), 9-14 buttons; pictures count downwards
+    if action > 8:
+        draw.text((22, 22), "DAWSQE"[action - 9], fill="black", anchor="mm", font=ImageFont.load_default(24))
+    elif dx == dy == 0:
+        draw.ellipse((18, 18, 26, 26), fill="black")
+    else:
+        x, y = np.array([dx, dy]) * 14 / np.hypot(dx, dy)  # half the arrow; its head is a triangle from half way on
+        draw.line((22 - x, 22 - y, 22 + x / 2, 22 + y / 2), fill="black", width=4)
+        draw.polygon([(22 + x, 22 + y), (22 - y * 0.7, 22 + x * 0.7), (22 + y * 0.7, 22 - x * 0.7)], fill="black")
+    return np.asarray(image)
+
+
 def evaluate(act, env, num_episodes, gif=None):
     """Returns of num_episodes episodes, (num_episodes,). Each env gives equally many, so that long episodes count as much as short ones."""
     num_envs = env.num
@@ -546,10 +611,11 @@ def evaluate(act, env, num_episodes, gif=None):
         if not len(playing):
             break
         obs = env.observe()[1]["rgb"]
-        if gif and len(film) < 600:
-            film.append(np.concatenate(obs[:4].repeat(3, axis=1).repeat(3, axis=2), axis=1))
         action = np.zeros(num_envs, dtype=np.int32)
         action[playing] = act(obs[playing])  # envs that have given their share idle along, at no cost to the network
+        if gif and len(film) < 600:
+            pictures = obs[:4].repeat(3, axis=1).repeat(3, axis=2)  # (4, 192, 192, 3)
+            film.append(np.concatenate([draw_action(p, action[e]) if e in playing else p for e, p in enumerate(pictures)], axis=1))
         env.act(action)
         reward, _, first = env.observe()
         running += reward
@@ -564,8 +630,9 @@ def evaluate(act, env, num_episodes, gif=None):
 
 
 def fit(model, x, actions, updates, learning_rate, batch_size, args, autocast):
-    """Cross-entropy on labelled inputs (n, ...), n label counts at a time, in shuffled epochs; the step size falls linearly to 0."""
-    optimizer = optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=args.weight_decay)
+    """Cross-entropy on inputs (n, ...) and actions (n,) or their probabilities (n, 15), in shuffled epochs; the step size falls linearly to 0."""
+    optimizer = optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=learning_rate, weight_decay=args.weight_decay)
+    smoothing = args.label_smoothing if actions.dim() == 1 else 0.0  # probabilities are smooth as they are
     batch_size, queue = min(batch_size, len(x)), torch.empty(0, dtype=torch.long)
     for update in range(updates):
         optimizer.param_groups[0]["lr"] = learning_rate * (1 - update / updates)
@@ -574,7 +641,7 @@ def fit(model, x, actions, updates, learning_rate, batch_size, args, autocast):
         batch, queue = queue[:batch_size], queue[batch_size:]
         with autocast:
             logits = model(x[batch])
-        loss = F.cross_entropy(logits.float(), actions[batch], label_smoothing=args.label_smoothing)
+        loss = F.cross_entropy(logits.float(), actions[batch], label_smoothing=smoothing)
         if not torch.isfinite(loss):
             sys.exit(f"error: update {update} of {type(model).__name__} on {len(x)} labels met loss {loss.item()}: lower its learning rate")
         optimizer.zero_grad()
@@ -592,11 +659,31 @@ def num_latents(pretrain_args):
     return pretrain_args["vq_num_codebooks"] * pretrain_args["vq_num_slots"] * pretrain_args["vq_dim"]
 
 
+def provenance(args, device):
+    """What a result rests on, for results.json: arguments, command, git commit of this script's folder, device and versions."""
+    name = platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif Path("/proc/cpuinfo").exists():
+        name = next((line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), name)
+    try:
+        git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git here
+        commit = None
+    packages = {"torch": "torch", "numpy": "numpy", "procgen": packages_distributions()["procgen"][0]}  # a mirror, maybe
+    versions = {"python": platform.python_version(), **{name: version(package) for name, package in packages.items()}}
+    return {
+        "device": str(device), "device_name": name, "threads": torch.get_num_threads(), "commit": commit, "versions": versions,
+        "command": "python " + shlex.join(sys.argv), "args": asdict(args),
+    }  # fmt: skip
+
+
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if args.env_id not in ENV_NAMES:
         sys.exit(f"error: --env-id {args.env_id} is not a Procgen game: choose one of {', '.join(ENV_NAMES)}")
-    require(args, num_draws=2, eval_episodes=1, num_envs=1, decoder_updates=1, bc_updates=1, bc_batch_size=1)
+    require(args, num_draws=2, eval_episodes=1, num_envs=1, decoder_updates=1, bc_updates=1, bc_batch_size=1, finetune_updates=1, latent_steps=1)
     data_dir = Path(args.data_dir or f"data/{args.env_id}")
     run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
     if (run_dir / "results.json").exists() and not args.overwrite:
@@ -617,6 +704,8 @@ if __name__ == "__main__":
     if not all(isinstance(demonstrator.get(key), (int, float)) for key in ("return_mean", "return_stderr", "episodes")):
         sys.exit(f"error: {data_dir}/meta.json lacks demonstrator, the score to compare with: add its return_mean, return_stderr and episodes")
     frames, valid_t = load_frames(data_dir, "train", data_meta)
+    if args.latent_steps > 1 and not args.pseudo_labels:
+        sys.exit(f"error: --latent-steps {args.latent_steps} without --pseudo-labels: the policy predicts z_t alone, so add --pseudo-labels")
     if args.temperature <= 0:
         sys.exit(f"error: --temperature is {args.temperature}, expected more than 0: 1 samples from the logits as they are")
     if len(set(args.num_labels)) < len(args.num_labels):
@@ -637,6 +726,7 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    origin = provenance(args, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     no_autocast = torch.autocast(device.type, enabled=False)
     start_time = time.time() - (state["meta"]["wall_seconds"] if state else 0)
@@ -660,15 +750,58 @@ if __name__ == "__main__":
 
     def lapo_logits(obs):
         with autocast:
-            z = policy(obs)
-        return decoder(z)
+            return decoded(obs)
 
     def scratch_logits(obs):
         with autocast:
             return scratch(obs)
 
+    @torch.no_grad()
+    def idm_latents(t, steps=1):
+        """IDM latents z_t ... z_{t+steps-1} of frames t (n,) side by side, (n, steps * latent_dim); their mean beyond the episode's end."""
+        z, inside = [], np.ones(len(t), dtype=bool)
+        for k in range(steps):
+            inside &= np.isin(t + k, valid_t)
+            with autocast:
+                chunks = np.array_split(np.where(inside, t + k, t), -(-len(t) // 512))
+                z.append(torch.cat([idm(get_windows(frames, c, device)) for c in chunks]))
+            z[-1][torch.from_numpy(~inside)] = latent_mean
+        return torch.cat(z, dim=1)
+
+    @torch.no_grad()
+    def outputs_of_policy(t):
+        """Latents and features of frames t (n,), (n, latent_dim + 256)."""
+        with autocast:
+            chunks = np.array_split(t, -(-len(t) // 512))
+            return torch.cat([policy_outputs(policy, torch.from_numpy(frames[c]).to(device), True) for c in chunks])
+
+    def choose(order, draw):
+        """The frames to label, first those to label first: as drawn, or up to 1,024 of the first 8,192 spread over their latents."""
+        if args.choose_labels == "random":
+            return order
+        pool = order[:8192]
+        z = ((idm_latents(pool) - latent_mean) / latent_std).cpu().numpy()
+        picked = pool[kmeans_plusplus(z, min(1024, len(pool), max(args.num_labels)), random_state=draw)[1]]
+        return np.concatenate([picked, order[~np.isin(order, picked)]])
+
+    def new_decoder(mean, std):
+        decoder = Decoder(len(mean), args.decoder_hidden).to(device)
+        decoder.mean.copy_(mean)
+        decoder.std.copy_(std)
+        return decoder
+
+    latent_mean, latent_std = latent_mean.to(device), latent_std.to(device)
+    features = args.decoder_features or args.pseudo_labels  # does the decoder that plays see them?
+    if features:  # frames without labels say how to standardise them, and are what pseudo-labels are for
+        unlabelled = np.random.default_rng(args.seed).permutation(valid_t)[: 65_536 if args.pseudo_labels else 4096]
+        seen = outputs_of_policy(unlabelled)  # (n, latent_dim + 256)
+        seen_mean, seen_std = seen.mean(0), seen.std(0) + 1e-3
+        unlabelled_z = idm_latents(unlabelled, args.latent_steps) if args.pseudo_labels else None
+    how = (args.decoder_learning_rate, 512, args, no_autocast)
+
     # n labelled transitions of draw d: the first n of its permutation, so more labels contain fewer
-    plan = [(draw, n, method) for draw in range(args.num_draws) for n in args.num_labels for method in ("lapo_decoder", "bc_from_scratch")]
+    methods = ("lapo_decoder", "bc_from_scratch")[: 1 + args.bc]
+    plan = [(draw, n, method) for draw in range(args.num_draws) for n in args.num_labels for method in methods]
     curve, episodes_per_draw, checkpointer = [], -(-args.eval_episodes // args.num_draws), Checkpointer(args.checkpoint_seconds)
     meta = {
         "stage": "lapo_decode", "env_id": args.env_id, "num_levels": num_levels, "start_level": start_level, "n_labels": args.table_labels,
@@ -683,24 +816,34 @@ if __name__ == "__main__":
     progress = tqdm(total=len(plan), initial=len(played), unit="policy", desc="decode")
     for draw, n, method in plan[len(played) :]:
         if draw != drawn:
-            t, drawn = np.random.default_rng([args.seed, draw]).permutation(valid_t)[: max(args.num_labels)], draw
+            order, drawn = np.random.default_rng([args.seed, draw]).permutation(valid_t), draw
+            t = choose(order, draw)[: max(args.num_labels)]
             actions = torch.from_numpy(labels[t].astype(np.int64)).to(device)  # (n,)
             obs = torch.from_numpy(frames[t]).to(device)  # (n, 64, 64, 3)
-            with torch.inference_mode(), autocast:
-                z = torch.cat([idm(get_windows(frames, c, device)) for c in np.array_split(t, -(-len(t) // 512))])  # (n, latent_dim)
-            z = z.clone()
+            if args.decoder_features and not args.pseudo_labels:
+                x, mean, std = outputs_of_policy(t), seen_mean, seen_std
+            else:
+                x, mean, std = idm_latents(t, args.latent_steps), latent_mean.repeat(args.latent_steps), latent_std.repeat(args.latent_steps)
         if method == "lapo_decoder":
-            decoder = Decoder(latent_dim, args.decoder_hidden).to(device)
-            decoder.mean.copy_(latent_mean)
-            decoder.std.copy_(latent_std)
-            fit(decoder, z[:n], actions[:n], args.decoder_updates, args.decoder_learning_rate, 512, args, no_autocast)
+            decoder = fit(new_decoder(mean, std), x[:n], actions[:n], args.decoder_updates, *how)
+            if args.pseudo_labels:  # decode what the IDM saw, then average over what may follow o_t, instead of the other way round
+                with torch.no_grad():
+                    soft = decoder(unlabelled_z).softmax(-1)  # (65536, 15)
+                decoder = fit(new_decoder(seen_mean, seen_std), seen, soft, args.pseudo_updates, *how)
+            decoded = DecodedPolicy(policy, decoder, features)
+            if args.finetune != "none":
+                decoded.policy = copy.deepcopy(policy)
+                for part in [decoded.policy] if args.finetune == "all" else [decoded.policy.network.fc, decoded.policy.head]:
+                    part.requires_grad_(True)
+                fit(decoded, obs[:n], actions[:n], args.finetune_updates, args.finetune_learning_rate, args.bc_batch_size, args, autocast)
             film = run_dir / "lapo_decoder.gif" if args.capture_video and (n, draw) == (args.table_labels, 0) else None
             returns = play(lapo_logits, episodes_per_draw, draw, film)
             if (n, draw) == (args.table_labels, 0):
-                save_checkpoint(run_dir / "checkpoint.pt", meta, policy=policy.state_dict(), decoder=decoder.state_dict())
+                save_checkpoint(run_dir / "checkpoint.pt", meta, policy=decoded.policy.state_dict(), decoder=decoder.state_dict())
         else:
             scratch = ScratchPolicy(policy_scale).to(device).to(memory_format=torch.channels_last)
-            fit(scratch, obs[:n], actions[:n], args.bc_updates, args.bc_learning_rate, args.bc_batch_size, args, autocast)
+            updates = max(args.bc_updates, -(-args.bc_epochs * n // args.bc_batch_size))
+            fit(scratch, obs[:n], actions[:n], updates, args.bc_learning_rate, args.bc_batch_size, args, autocast)
             returns = play(scratch_logits, episodes_per_draw, draw)
         played.append(returns.tolist())
         progress.update()
@@ -727,11 +870,11 @@ if __name__ == "__main__":
 
     for (method, n), r in returns.items():
         draws = np.mean(r, axis=1)  # the draw of the labels is the larger noise: the standard error is over draws
-        curve.append(row(method, *mean_and_stderr(draws), int(np.size(r)), n_labels=n, draws=draws.tolist()))
+        curve.append(row(method, *mean_and_stderr(draws), int(np.size(r)), n_labels=n, draws=draws.tolist(), returns=r))
         for key in ("return_mean", "relative_return", "relative_to_demonstrator"):
             writer.add_scalar(f"{method}/{key}", curve[-1][key], n)
     table = [
-        row("random", *mean_and_stderr(random_returns), len(random_returns)),
+        row("random", *mean_and_stderr(random_returns), len(random_returns), returns=random_returns.tolist()),
         *sorted((c for c in curve if c["n_labels"] == args.table_labels), key=lambda c: c["method"]),  # bc_from_scratch, lapo_decoder
         row("demonstrator", demonstrator["return_mean"], demonstrator["return_stderr"], demonstrator["episodes"]),
     ]
@@ -739,7 +882,7 @@ if __name__ == "__main__":
     results = {
         "stage": "lapo_decode", "env_id": args.env_id, "seed": args.seed, "num_levels": num_levels, "start_level": start_level,
         "n_labels": args.table_labels, "num_draws": args.num_draws, "rows": table, "curve": curve, "wall_seconds": round(wall, 1),
-        "device": str(device), "torch": torch.__version__, "command": "python " + " ".join(sys.argv), "args": asdict(args),
+        **origin,
     }  # fmt: skip
     write_aside(run_dir / "results.json", lambda f: f.write(json.dumps(results, indent=2).encode()))
     (run_dir / "resume.pt").unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10,<3.13"
-# dependencies = ["torch==2.13.0", "procgen-mirror==0.10.7", "gym==0.26.2", "numpy<2", "tyro", "tensorboard", "tqdm"]
+# dependencies = ["torch==2.13.0", "procgen-mirror==0.10.7", "gym==0.26.2", "numpy<2", "tyro", "tensorboard", "tqdm", "pillow"]
 # ///
 """LAPO, stage 5 of 5, online: fine-tune the cloned latent policy with PPO and an online decoder (paper sections 4.3 and 6.1-6.3).
 
@@ -18,15 +18,18 @@ import contextlib
 import fcntl
 import json
 import os
+import platform
 import random
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
 import zipfile
 from collections import deque
 from dataclasses import asdict, dataclass
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +38,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.optim as optim
 import tyro
+from PIL import Image, ImageDraw, ImageFont
 from procgen import ProcgenGym3Env
 from procgen.env import ENV_NAMES
 from torch.distributions.categorical import Categorical
@@ -75,7 +79,7 @@ class Args:
     wandb_entity: str | None = None
     """the entity (team) of wandb's project"""
     capture_video: bool = False
-    """write a GIF of the final policy to the run folder"""
+    """write a GIF of the final policy, with the actions it takes, to the run folder"""
     runs_dir: str = "runs"
     """where run folders (TensorBoard logs, checkpoint.pt, results.json) are made"""
     overwrite: bool = False
@@ -517,10 +521,11 @@ def load_network(build, state, path, made_by):
     try:
         with torch.device("meta"):
             network = build()
+        dtypes = {name: tensor.dtype for name, tensor in network.state_dict().items()}  # float32, but for what batch normalisation counts
         network.load_state_dict(state, assign=True)
         for name, tensor in network.state_dict().items():
-            if (tensor.dtype, tensor.layout, tensor.device.type) != (torch.float32, torch.strided, "cpu"):
-                raise ValueError(f"{name} is not a float32 tensor")
+            if (tensor.dtype, tensor.layout, tensor.device.type) != (dtypes[name], torch.strided, "cpu"):
+                raise ValueError(f"{name} is not a tensor of {dtypes[name]}")
     except Exception as e:
         sys.exit(f"error: the weights in {path} do not fit its arguments ({first_line(e)}): make it again with `{made_by}`")
     return network
@@ -572,6 +577,23 @@ def set_env_state(env, state):
     env.callmethod("set_state", [game.numpy().tobytes() for game in state])
 
 
+def draw_action(picture, action):
+    """A picture (192, 192, 3) uint8 with the action taken on seeing it in the upper left corner: an arrow, a dot for none, a button's letter."""
+    image = Image.fromarray(picture)
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((4, 4, 40, 40), fill="white", outline="black")
+    dx, dy = action // 3 - 1, 1 - action % 3  # Procgen's actions 0-8 are 3 * (right + 1) + (up + 1), 9-14 buttons; pictures count downwards
+    if action > 8:
+        draw.text((22, 22), "DAWSQE"[action - 9], fill="black", anchor="mm", font=ImageFont.load_default(24))
+    elif dx == dy == 0:
+        draw.ellipse((18, 18, 26, 26), fill="black")
+    else:
+        x, y = np.array([dx, dy]) * 14 / np.hypot(dx, dy)  # half the arrow; its head is a triangle from half way on
+        draw.line((22 - x, 22 - y, 22 + x / 2, 22 + y / 2), fill="black", width=4)
+        draw.polygon([(22 + x, 22 + y), (22 - y * 0.7, 22 + x * 0.7), (22 + y * 0.7, 22 - x * 0.7)], fill="black")
+    return np.asarray(image)
+
+
 def evaluate(act, env, num_episodes, gif=None):
     """Returns of num_episodes episodes, (num_episodes,). Each env gives equally many, so that long episodes count as much as short ones."""
     num_envs = env.num
@@ -582,10 +604,11 @@ def evaluate(act, env, num_episodes, gif=None):
         if not len(playing):
             break
         obs = env.observe()[1]["rgb"]
-        if gif and len(film) < 600:
-            film.append(np.concatenate(obs[:4].repeat(3, axis=1).repeat(3, axis=2), axis=1))
         action = np.zeros(num_envs, dtype=np.int32)
         action[playing] = act(obs[playing])  # envs that have given their share idle along, at no cost to the network
+        if gif and len(film) < 600:
+            pictures = obs[:4].repeat(3, axis=1).repeat(3, axis=2)  # (4, 192, 192, 3)
+            film.append(np.concatenate([draw_action(p, action[e]) if e in playing else p for e, p in enumerate(pictures)], axis=1))
         env.act(action)
         reward, _, first = env.observe()
         running += reward
@@ -631,6 +654,26 @@ def mean_and_stderr(x):
 def num_latents(pretrain_args):
     """Dimensions of the latent, N x H x D."""
     return pretrain_args["vq_num_codebooks"] * pretrain_args["vq_num_slots"] * pretrain_args["vq_dim"]
+
+
+def provenance(args, device):
+    """What a result rests on, for results.json: arguments, command, git commit of this script's folder, device and versions."""
+    name = platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif Path("/proc/cpuinfo").exists():
+        name = next((line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), name)
+    try:
+        git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git here
+        commit = None
+    packages = {"torch": "torch", "numpy": "numpy", "procgen": packages_distributions()["procgen"][0]}  # a mirror, maybe
+    versions = {"python": platform.python_version(), **{name: version(package) for name, package in packages.items()}}
+    return {
+        "device": str(device), "device_name": name, "threads": torch.get_num_threads(), "commit": commit, "versions": versions,
+        "command": "python " + shlex.join(sys.argv), "args": asdict(args),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -680,6 +723,7 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    origin = provenance(args, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     start_time = time.time() - (state["meta"]["wall_seconds"] if state else 0)
 
@@ -880,9 +924,9 @@ if __name__ == "__main__":
     results = {
         "stage": "lapo_finetune_ppo", "method": exp_name, "env_id": args.env_id, "seed": args.seed, "num_levels": num_levels,
         "start_level": start_level, "frames": frames, "return_mean": mean, "return_stderr": stderr,
-        "episodes": args.eval_episodes, "random_mean": float(random_mean), "relative_return": relative_return,
+        "episodes": args.eval_episodes, "returns": scores.tolist(), "random_mean": float(random_mean), "relative_return": relative_return,
         "relative_to_demonstrator": relative_to_demonstrator, "curve": curve, "wall_seconds": round(wall, 1),
-        "device": str(device), "torch": torch.__version__, "command": "python " + " ".join(sys.argv), "args": asdict(args),
+        "frames_per_second": round(frames / wall, 1), **origin,
     }  # fmt: skip
     write_aside(run_dir / "results.json", lambda f: f.write(json.dumps(results, indent=2).encode()))
     (run_dir / "resume.pt").unlink(missing_ok=True)

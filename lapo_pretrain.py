@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10,<3.13"
-# dependencies = ["torch==2.13.0", "procgen-mirror==0.10.7", "gym==0.26.2", "numpy<2", "tyro", "tensorboard", "tqdm", "pillow"]
+# dependencies = ["torch==2.13.0", "procgen-mirror==0.10.7", "gym==0.26.2", "numpy<2", "tyro", "tensorboard", "tqdm", "pillow", "scikit-learn>=1.7"]
 # ///
 """LAPO, stage 2 of 5: learn latent actions from frames alone (paper section 4.1, figure 2).
 
@@ -23,14 +23,18 @@ import hashlib
 import json
 import mmap
 import os
+import platform
 import random
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from dataclasses import asdict, dataclass
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +45,14 @@ import torch.optim as optim
 import tyro
 from PIL import Image
 from procgen.env import ENV_NAMES
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from sklearn.metrics import balanced_accuracy_score, normalized_mutual_info_score
+from sklearn.metrics.cluster import contingency_matrix
+from sklearn.neural_network import MLPClassifier
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.class_weight import compute_sample_weight
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -536,16 +548,62 @@ def predict(idm, vq, fdm, windows, autocast):
         return fdm(windows[:, :6], quantised), vq_loss, z, codes, perplexity
 
 
-def linear_probe(z, actions, z_test, actions_test):
-    """Balanced accuracy of reading the true action from the latent, by class-balanced ridge regression on one-hot actions, and chance."""
-    mean, std = z.mean(0), z.std(0) + 1e-6
-    x, x_test = (F.pad((a - mean) / std, (0, 1), value=1.0).double() for a in (z, z_test))
-    onehot = F.one_hot(actions, 15).double()
-    weight = (onehot / onehot.sum(0).clamp(min=1)).sum(1, keepdim=True)  # every class counts the same
-    gram = x.mT @ (weight * x) + 1e-3 * torch.eye(x.shape[1], dtype=x.dtype)
-    guess = (x_test @ torch.linalg.solve(gram, x.mT @ (weight * onehot))).argmax(-1)
-    recalls = [(guess[actions_test == a] == a).double().mean() for a in actions_test.unique()]
-    return float(torch.stack(recalls).mean()), 1 / len(recalls)
+def linear_probe(z, actions):
+    """Balanced accuracy of reading the true action from the latent by class-balanced ridge regression: fitted on z["train"], scored on z["test"]."""
+    scaler = StandardScaler().fit(z["train"])
+    probe = RidgeClassifier(alpha=1e-3, class_weight="balanced").fit(scaler.transform(z["train"]), actions["train"])
+    return balanced_accuracy(actions["test"], probe.predict(scaler.transform(z["test"])))
+
+
+def balanced_accuracy(actions, guess):
+    """Mean over the actions that occur of the share guessed right; guessing without looking gives 1 / their number."""
+    with warnings.catch_warnings(action="ignore"):  # guesses of actions that do not occur
+        return float(balanced_accuracy_score(actions, guess))
+
+
+def latent_space_metrics(z, codes, actions):
+    """What latents z (n, latent_dim) and codes (n, N, H) tell of the actions (n,), by scikit-learn's metrics. Each is {"train": ..., "test": ...}.
+
+    linear_probe, mlp_probe      balanced accuracy of logistic regression and of an MLP with 256 hidden units, fitted on train, scored on test
+    nmi                          normalised mutual information between the action and the code of a slot, mean over the N * H slots
+    nmi_best_slot                the same of the slot that tells most
+    cluster_purity               share of the test latents whose k-means cluster (15, fitted on train) is mostly of their own action
+    """
+    scaler = StandardScaler().fit(z["train"])
+    x = {split: scaler.transform(z[split]) for split in z}
+    weight = compute_sample_weight("balanced", actions["train"])
+    probes = {"linear_probe": LogisticRegression(max_iter=300), "mlp_probe": MLPClassifier((256,), alpha=0.1, max_iter=60, random_state=0)}
+    out = {}
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # enough is enough
+        for name, probe in probes.items():
+            guess = probe.fit(x["train"], actions["train"], sample_weight=weight).predict(x["test"])
+            out[name] = balanced_accuracy(actions["test"], guess)
+        clusters = KMeans(min(15, len(x["train"])), n_init=4, random_state=0).fit(x["train"]).predict(x["test"])
+    out["cluster_purity"] = float(contingency_matrix(actions["test"], clusters).max(0).sum() / len(clusters))
+    if codes["test"] is not None:
+        nmi = [normalized_mutual_info_score(actions["test"], slot) for slot in codes["test"].reshape(len(clusters), -1).T]
+        out |= {"nmi": float(np.mean(nmi)), "nmi_best_slot": float(np.max(nmi))}
+    return out
+
+
+def provenance(args, device):
+    """What a result rests on, for results.json: arguments, command, git commit of this script's folder, device and versions."""
+    name = platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif Path("/proc/cpuinfo").exists():
+        name = next((line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), name)
+    try:
+        git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git here
+        commit = None
+    packages = {"torch": "torch", "numpy": "numpy", "procgen": packages_distributions()["procgen"][0]}  # a mirror, maybe
+    versions = {"python": platform.python_version(), **{name: version(package) for name, package in packages.items()}}
+    return {
+        "device": str(device), "device_name": name, "threads": torch.get_num_threads(), "commit": commit, "versions": versions,
+        "command": "python " + shlex.join(sys.argv), "args": asdict(args),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -577,6 +635,7 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    origin = provenance(args, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     start_time = time.time() - (state["meta"]["wall_seconds"] if state else 0)
 
@@ -599,32 +658,37 @@ if __name__ == "__main__":
     change = np.array([np.abs(test_frames[t + 1].astype(np.int16) - test_frames[t]).mean() for t in eval_t["test"]])
     picture_t = eval_t["test"][np.argsort(-change, kind="stable")][:: max(1, len(change) // 48)][:12]  # spread over the upper quarter
 
+    split_frames = {"train": train_frames, "test": test_frames}
+    true_actions = {split: labels[split][eval_t[split]] for split in labels}  # int8 (n,)
+
+    @torch.no_grad()
+    def encode(split, idm, vq):
+        """Latents (n, latent_dim) of eval_t[split]'s windows and their codes (n, N, H), None without VQ."""
+        z, codes = [], []
+        for t in np.array_split(eval_t[split], -(-len(eval_t[split]) // 512)):
+            with autocast:
+                z.append(idm(get_windows(split_frames[split], t, device)))
+            if vq:
+                codes.append(vq(z[-1])[2])
+        return torch.cat(z).cpu().numpy(), torch.cat(codes).cpu().numpy() if vq else None
+
     @torch.no_grad()
     def evaluate():
-        """Losses on test windows beside copying the last frame, the probe where labels exist, and a strip of predictions."""
+        """Losses on test windows beside copying the last frame, the probe where labels exist, a strip of predictions, latents and codes."""
         for module in (idm, vq, fdm):
             module.eval()
-        out, z = {}, {}
-        for split, frames in (("test", test_frames), ("train", train_frames)):
-            if split == "train" and len(labels) < 2:
-                break  # training windows serve the probe only
-            fdm_loss, copy_loss, latents = [], [], []
-            for t in np.array_split(eval_t[split], max(1, len(eval_t[split]) // args.batch_size)):
-                windows = get_windows(frames, t, device)
-                if split == "train":
-                    with autocast:
-                        latents.append(idm(windows))
-                    continue
-                prediction, _, latent, _, _ = predict(*networks, windows, autocast)
-                latents.append(latent)
-                fdm_loss.append(F.mse_loss(prediction, windows[:, 6:]).item() * len(t))
-                copy_loss.append(F.mse_loss(windows[:, 3:6], windows[:, 6:]).item() * len(t))
-            z[split] = torch.cat(latents).cpu()
-            if split == "test":
-                out = {"test/fdm_loss": sum(fdm_loss) / len(z[split]), "test/copy_last_frame_loss": sum(copy_loss) / len(z[split])}
-        if len(labels) == 2:
-            a = {s: torch.from_numpy(labels[s][eval_t[s]].astype(np.int64)) for s in labels}
-            out["probe/balanced_accuracy"], out["probe/chance"] = linear_probe(z["train"], a["train"], z["test"], a["test"])
+        fdm_loss, copy_loss, z, codes = 0, 0, [], []
+        for t in np.array_split(eval_t["test"], max(1, len(eval_t["test"]) // args.batch_size)):
+            windows = get_windows(test_frames, t, device)
+            prediction, _, *latents, _ = predict(*networks, windows, autocast)
+            fdm_loss += F.mse_loss(prediction, windows[:, 6:]).item() * len(t) / len(eval_t["test"])
+            copy_loss += F.mse_loss(windows[:, 3:6], windows[:, 6:]).item() * len(t) / len(eval_t["test"])
+            z.append(latents[0]), codes.append(latents[1])
+        out = {"test/fdm_loss": fdm_loss, "test/copy_last_frame_loss": copy_loss}
+        z, codes = {"test": torch.cat(z).cpu().numpy()}, {"test": torch.cat(codes).cpu().numpy() if args.vq else None}
+        if len(labels) == 2:  # what the probe is fitted on
+            z["train"], codes["train"] = encode("train", *networks[:2])
+            out["probe/balanced_accuracy"], out["probe/chance"] = linear_probe(z, true_actions), 1 / len(np.unique(true_actions["test"]))
         windows = get_windows(test_frames, picture_t, device)
         prediction = predict(*networks, windows, autocast)[0]
         rows = [windows[:, 3:6], windows[:, 6:], prediction, (prediction - windows[:, 6:]).abs() * 2 - 0.5]  # o_t, o_{t+1}, o^_{t+1}, 2 |error|
@@ -632,7 +696,7 @@ if __name__ == "__main__":
         strip = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)  # (3, 4 * 66, 12 * 66)
         for module in (idm, vq, fdm):
             module.train()
-        return out, ((strip + 0.5) * 255).byte().cpu(), z["test"]
+        return out, ((strip + 0.5) * 255).byte().cpu(), z, codes
 
     meta = {
         "stage": "lapo_pretrain", "env_id": args.env_id, "num_levels": data_meta["num_levels"], "start_level": data_meta["start_level"],
@@ -682,7 +746,7 @@ if __name__ == "__main__":
             writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], step)
             writer.add_scalar("charts/SPS", (progress.format_dict["rate"] or 0) * args.batch_size, step)
         if step % args.eval_every == 0 or step == args.num_updates:
-            out, strip, z_test = evaluate()
+            out, strip, latents, codes = evaluate()
             for name, value in out.items():
                 writer.add_scalar(name, value, step)
             writer.add_image("predictions/o_t__o_t+1__prediction__error", strip, step)
@@ -701,11 +765,11 @@ if __name__ == "__main__":
             save_checkpoint(run_dir / "resume.pt", {**meta, **progress_meta}, rng=get_rng_state(rng), **states)
             checkpointer.saved(run_dir)
     if first_update == args.num_updates:  # interrupted after the last update
-        out, strip, z_test = evaluate()
+        out, strip, latents, codes = evaluate()
 
     # what a report needs: the strip, and test latents in order of eval_t["test"]
     Image.fromarray(strip.permute(1, 2, 0).numpy()).save(run_dir / "predictions.png")
-    np.save(run_dir / "test_latents.npy", z_test.numpy())
+    np.save(run_dir / "test_latents.npy", latents["test"])
     np.save(run_dir / "test_windows.npy", eval_t["test"])
     if args.capture_video:
         films = []
@@ -718,11 +782,25 @@ if __name__ == "__main__":
             films.append(((both + 0.5) * 255).byte().cpu().permute(0, 2, 3, 1).numpy())
         film = [Image.fromarray(frame).resize((384, 192), Image.NEAREST) for frame in np.concatenate(films)]
         film[0].save(run_dir / "predictions.gif", save_all=True, append_images=film[1:], duration=1000 // 15, loop=0)
+    latent_space = None  # needs labels
+    if len(labels) == 2 and min(len(np.unique(a)) for a in true_actions.values()) > 1:
+        tqdm.write("measuring the latent space beside its controls ...")
+        shuffled = {split: np.random.default_rng(0).permutation(a) for split, a in true_actions.items()}
+        torch.manual_seed(args.seed)  # the networks as they were before training
+        fresh = IDM(args.idm_scale, latent_dim).to(device).to(memory_format=torch.channels_last).eval()
+        fresh_vq = VQ(args.vq_num_codebooks, args.vq_num_slots, args.vq_dim, args.vq_num_codes, args.vq_commitment, args.vq_decay).to(device).eval()
+        fresh = {split: encode(split, fresh, fresh_vq if args.vq else None) for split in split_frames}
+        latent_space = {
+            "trained": latent_space_metrics(latents, codes, true_actions),
+            "shuffled_actions": latent_space_metrics(latents, codes, shuffled),
+            "untrained_idm": latent_space_metrics(*({split: both[i] for split, both in fresh.items()} for i in (0, 1)), true_actions),
+            "chance": out["probe/chance"], "windows": len(true_actions["test"]),
+        }  # fmt: skip
     wall = time.time() - start_time
     results = {
-        "stage": "lapo_pretrain", "env_id": args.env_id, "seed": args.seed, "updates": args.num_updates, **out, "curve": curve,
-        "samples_per_second": round(args.num_updates * args.batch_size / wall, 1), "wall_seconds": round(wall, 1), "device": str(device),
-        "torch": torch.__version__, "command": "python " + " ".join(sys.argv), "args": asdict(args),
+        "stage": "lapo_pretrain", "env_id": args.env_id, "seed": args.seed, "updates": args.num_updates, **out, "latent_space": latent_space,
+        "codes_used": [len(np.unique(codes["test"][:, n])) for n in range(args.vq_num_codebooks)] if args.vq else None, "curve": curve,
+        "samples_per_second": round(args.num_updates * args.batch_size / wall, 1), "wall_seconds": round(wall, 1), **origin,
     }  # fmt: skip
     write_aside(run_dir / "results.json", lambda f: f.write(json.dumps(results, indent=2).encode()))
     (run_dir / "resume.pt").unlink(missing_ok=True)

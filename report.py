@@ -134,7 +134,7 @@ if __name__ == "__main__":
 
     results = {
         "env_id": args.env_id, "seed": args.seed, "n_labels": decode["n_labels"], "wall_seconds": sum(args.stage_seconds.values()),
-        "stage_seconds": args.stage_seconds, "rows": rows, "curve": decode["curve"], "torch": decode["torch"], "device": decode["device"],
+        "stage_seconds": args.stage_seconds, "rows": rows, "curve": decode["curve"], "torch": decode["versions"]["torch"], "device": decode["device"],
     }  # fmt: skip
     (runs / "results.json").write_text(json.dumps(results, indent=2))
     print(f"wrote {runs}/report.png and {runs}/results.json")

@@ -159,6 +159,7 @@ def test_more_labels_than_windows(refuse, work):
         message = refuse("lapo_decode", *FRESH, "--num-labels", *counts)
         assert f"--num-labels ({', '.join(counts)})" in message and windows in message
     assert "--table-labels 64" in refuse("lapo_decode", *FRESH, "--table-labels", "64")
+    assert "--pseudo-labels" in refuse("lapo_decode", *FRESH, "--latent-steps", "2")
 
 
 @pytest.mark.parametrize("stage", ["lapo_pretrain", "lapo_bc"])

@@ -224,24 +224,48 @@ def separable(n, seed, dim=8):
     rng = np.random.default_rng(seed)
     actions = rng.integers(15, size=n)
     centres = np.random.default_rng(0).normal(size=(15, dim)) * 5
-    return torch.tensor(centres[actions] + rng.normal(size=(n, dim)) * 0.1, dtype=torch.float32), torch.from_numpy(actions)
+    return (centres[actions] + rng.normal(size=(n, dim)) * 0.1).astype(np.float32), actions
+
+
+def both(train, test):
+    """Two (latents, actions) as the functions take them: {"train": ..., "test": ...} of each."""
+    return ({"train": x, "test": x_test} for x, x_test in zip(train, test))
 
 
 def test_linear_probe():
     """The probe equals ridge regression with explicit class weights, reads separable actions perfectly, and shuffled ones at chance."""
-    (z, a), (z_test, a_test) = separable(600, 1, 16), separable(300, 2, 16)
-    assert pretrain.linear_probe(z, a, z_test, a_test) == (1.0, 1 / 15)
-    shuffled = a[torch.randperm(len(a), generator=torch.Generator().manual_seed(0))]
-    assert pretrain.linear_probe(z, shuffled, z_test, a_test)[0] < 0.2
-    torch.manual_seed(0)
-    z, z_test = (s + 6 * torch.randn(s.shape) for s in (z, z_test))  # blurred: now right, now wrong
-    x, x_test = (np.c_[((s - z.mean(0)) / (z.std(0) + 1e-6)).double().numpy(), np.ones(len(s))] for s in (z, z_test))
-    w = 1 / np.bincount(a.numpy(), minlength=15)[a.numpy()]
-    coef = np.linalg.solve((x * w[:, None]).T @ x + 1e-3 * np.eye(17), (x * w[:, None]).T @ np.eye(15)[a.numpy()])
-    guess = (x_test @ coef).argmax(1)
-    want = np.mean([(guess[a_test.numpy() == c] == c).mean() for c in np.unique(a_test.numpy())])
+    z, a = both(separable(600, 1, 16), separable(300, 2, 16))
+    assert pretrain.linear_probe(z, a) == 1
+    shuffled = {**a, "train": np.random.default_rng(0).permutation(a["train"])}
+    assert pretrain.linear_probe(z, shuffled) < 0.2
+    z = {split: x + 6 * np.random.default_rng(3).normal(size=x.shape).astype(np.float32) for split, x in z.items()}  # now right, now wrong
+    mean, std = z["train"].mean(0), z["train"].std(0)
+    x, x_test = ((z[split] - mean) / std for split in z)
+    w = 600 / 15 / np.bincount(a["train"], minlength=15)[a["train"]]
+    target = 2 * np.eye(15)[a["train"]] - 1
+    x = np.c_[x, np.ones(len(x))]
+    penalty = 1e-3 * np.diag([1] * 16 + [0])
+    coef = np.linalg.solve((x * w[:, None]).T @ x + penalty, (x * w[:, None]).T @ target)
+    guess = (np.c_[x_test, np.ones(len(x_test))] @ coef).argmax(1)
+    want = np.mean([(guess[a["test"] == c] == c).mean() for c in np.unique(a["test"])])
     assert 0.2 < want < 0.99
-    np.testing.assert_allclose(pretrain.linear_probe(z, a, z_test, a_test)[0], want, atol=1e-3)
+    np.testing.assert_allclose(pretrain.linear_probe(z, a), want, atol=1e-3)
+
+
+def test_latent_space_metrics():
+    """Latents and codes that name the action score 1, codes that name every second one less, and shuffled actions leave next to nothing."""
+    z, a = both(separable(600, 1, 16), separable(300, 2, 16))
+    codes = {split: np.stack([x, x // 2], axis=-1)[:, :, None] for split, x in a.items()}  # (n, 2 codebooks, 1 slot)
+    out = pretrain.latent_space_metrics(z, codes, a)
+    assert out["linear_probe"] == out["mlp_probe"] == out["cluster_purity"] == out["nmi_best_slot"] == 1
+    p, p_half = np.bincount(a["test"]) / 300, np.bincount(a["test"] // 2) / 300
+    entropy, entropy_half = (-(q * np.log(q)).sum() for q in (p, p_half))
+    half = entropy_half / ((entropy + entropy_half) / 2)  # the code is a function of the action, so it tells all of its own entropy
+    np.testing.assert_allclose(out["nmi"], (1 + half) / 2)
+    shuffled = {split: np.random.default_rng(0).permutation(x) for split, x in a.items()}
+    out = pretrain.latent_space_metrics(z, codes, shuffled)
+    assert max(out["linear_probe"], out["mlp_probe"], out["cluster_purity"]) < 0.25 and out["nmi"] < 0.3
+    assert "nmi" not in pretrain.latent_space_metrics(z, {"train": None, "test": None}, a)  # no VQ, no codes
 
 
 def test_decoder_standardises_latents():
@@ -257,7 +281,7 @@ def test_decoder_standardises_latents():
 def test_online_decoder_refit_starts_afresh():
     """fit_decoder forgets the former weights, learns separable actions, reports its accuracy, and leaves the decoder frozen."""
     args = SimpleNamespace(decoder_learning_rate=1e-3, decoder_epochs=3, decoder_batch_size=512, label_smoothing=0.05)
-    z, a = separable(8000, 1)
+    z, a = map(torch.from_numpy, separable(8000, 1))
     fitted = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -266,7 +290,7 @@ def test_online_decoder_refit_starts_afresh():
         accuracy = finetune.fit_decoder(decoder, z, a, args)
         fitted.append(decoder)
     assert all(torch.equal(p, q) for p, q in zip(fitted[0].parameters(), fitted[1].parameters()))
-    z_test, a_test = separable(500, 2)
+    z_test, a_test = map(torch.from_numpy, separable(500, 2))
     assert accuracy > 0.9 and (decoder(z_test).argmax(-1) == a_test).float().mean() > 0.95
     assert not any(p.requires_grad for p in decoder.parameters())
     torch.manual_seed(0)
@@ -277,8 +301,8 @@ def test_online_decoder_refit_starts_afresh():
 def test_offline_fit():
     """decode.fit learns separable actions and comes near the smallest cross-entropy that smoothed labels allow."""
     args = SimpleNamespace(weight_decay=1e-2, label_smoothing=0.05)
-    z, a = separable(256, 1)
-    z_test, a_test = separable(500, 2)
+    z, a = map(torch.from_numpy, separable(256, 1))
+    z_test, a_test = map(torch.from_numpy, separable(500, 2))
     torch.manual_seed(0)
     autocast = torch.autocast("cpu", enabled=False)
     decoder = decode.fit(decode.Decoder(8, (64,)), z, a, 200, 1e-2, 64, args, autocast)
@@ -286,3 +310,28 @@ def test_offline_fit():
     loss = F.cross_entropy(decoder(z_test), a_test, label_smoothing=0.05)
     floor = -(0.95 + 0.05 / 15) * np.log(0.95 + 0.05 / 15) - 14 * (0.05 / 15) * np.log(0.05 / 15)  # entropy of a smoothed label
     assert floor < loss < floor + 0.1
+
+
+def test_offline_fit_on_probabilities():
+    """Fitted on probabilities, a decoder gives those, unsmoothed: here every second label is one of two actions, half of the time each."""
+    args = SimpleNamespace(weight_decay=0.0, label_smoothing=0.05)
+    torch.manual_seed(0)
+    z = torch.randn(512, 8)
+    wanted = torch.where(z[:, :1] > 0, F.one_hot(torch.tensor(3), 15).float(), (F.one_hot(torch.tensor(4), 15) + F.one_hot(torch.tensor(5), 15)) / 2)
+    decoder = decode.fit(decode.Decoder(8, (64,)), z, wanted, 400, 1e-2, 512, args, torch.autocast("cpu", enabled=False))
+    sure = z[:, 0].abs() > 0.5
+    torch.testing.assert_close(decoder(z).softmax(-1)[sure], wanted[sure], atol=0.05, rtol=0)
+
+
+def test_decoded_policy():
+    """The paper's form is decoder(pi(o)); with features, the decoder sees pi(o) and what its last layer is applied to."""
+    torch.manual_seed(0)
+    policy, obs = decode.LatentPolicy(0.25, 8), torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8)
+    decoder = decode.Decoder(8, (16,))
+    torch.testing.assert_close(decode.DecodedPolicy(policy, decoder, False)(obs), decoder(policy(obs)))
+    seen = decode.policy_outputs(policy, obs, True)
+    assert seen.shape == (4, 8 + 256)
+    torch.testing.assert_close(seen[:, :8], policy(obs))
+    torch.testing.assert_close(policy.head(seen[:, 8:]), policy(obs))
+    wide = decode.Decoder(8 + 256, (16,))
+    torch.testing.assert_close(decode.DecodedPolicy(policy, wide, True)(obs), wide(seen))

@@ -28,7 +28,8 @@ FRESH_DIR = run_dir("fresh")
 VARIANTS = {stage: (stage, []) for stage in STAGES}
 VARIANTS |= {f"lapo_finetune_ppo_{flag.replace('-', '_')}": ("lapo_finetune_ppo", [f"--{flag}"]) for flag in ("no-sl", "from-scratch")}
 READERS = STAGES[1:4]  # of the dataset
-TIMES = {"wall_seconds", "samples_per_second", "command", "checkpoint_seconds"}  # in results.json and meta.json: differ between equal runs
+# in results.json and meta.json: differ between equal runs
+TIMES = {"wall_seconds", "samples_per_second", "frames_per_second", "command", "checkpoint_seconds"}
 
 
 @pytest.fixture

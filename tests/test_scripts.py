@@ -104,6 +104,26 @@ def test_bc_labels_are_the_idms_latents(pipeline):
     np.testing.assert_allclose(cloned["latent_std"].numpy(), latents.std(0) + 1e-6, rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "flags, trained, decoder_inputs",
+    [
+        ("--choose-labels spread", (), 16),
+        ("--decoder-features --finetune head", ("network.fc.", "head."), 16 + 256),
+        ("--pseudo-labels --latent-steps 2 --pseudo-updates 20 --finetune all", ("network.", "head."), 16 + 256),
+    ],
+)
+def test_our_decoders(pipeline, tmp_path, monkeypatch, flags, trained, decoder_inputs):
+    """Our forms of decoding run, without cloning if asked, train those layers of the policy that they say, and see what they say."""
+    cwd = link_tree(pipeline.cwd, tmp_path / "work")
+    inline(monkeypatch, cwd, "lapo_decode", *TOY["lapo_decode"], "--exp-name", "ours", "--no-bc", "--decoder-updates", "20", *flags.split())
+    results = json.loads((cwd / run_dir("ours") / "results.json").read_text())
+    assert {row["method"] for row in results["curve"]} == {"lapo_decoder"}
+    cloned, ours = tensors(pipeline.checkpoints["lapo_bc"]), tensors(cwd / run_dir("ours") / "checkpoint.pt")
+    assert len(ours["decoder.mean"]) == decoder_inputs
+    for name in (k for k in ours if k.startswith("policy.") and not k.startswith("policy.critic")):
+        assert torch.equal(ours[name], cloned[name]) != name.startswith(tuple(f"policy.{part}" for part in trained) or "-"), name
+
+
 @pytest.mark.parametrize("name", ["lapo_finetune_ppo", "lapo_finetune_ppo_no_sl"])
 def test_finetuning_trains_only_what_it_should(pipeline, name):
     """Convolutions, the frozen Linear and the latent head stay the cloned policy's bit for bit; the other Linear and both heads move."""

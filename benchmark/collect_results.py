@@ -1,0 +1,127 @@
+"""Every run's results.json into CSV files that the figures and tables are made of. Rows of runs that are no longer on disk stay.
+
+    python benchmark/collect_results.py --runs-dir runs/small
+
+runs.csv           one row a result: env_id, method, seed, n_labels, frames, return_mean, return_stderr, episodes, relative_return, ...;
+                   `returns` holds every episode's return, draws of the labels separated by |
+curves.csv         mean return of the last 100 training episodes against frames, of every online run
+latent_space.csv   what latents tell of the true actions, beside the controls, of every pretraining run
+latents_2d.csv     two principal components of some test latents and their true actions, of the first seed of every game
+"""
+
+import csv
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from sklearn.decomposition import PCA
+
+ROOT = Path(__file__).resolve().parent.parent
+KEYS = {  # file -> what names a row; the rest are values
+    "runs.csv": ["scale", "env_id", "method", "seed", "n_labels"],
+    "curves.csv": ["scale", "env_id", "method", "seed", "frames"],
+    "latent_space.csv": ["scale", "env_id", "run", "seed", "of"],
+    "latents_2d.csv": ["scale", "env_id", "row"],
+}
+VALUES = {
+    "runs.csv": (
+        "num_levels frames return_mean return_stderr episodes relative_return relative_to_demonstrator device device_name threads commit "
+        "wall_seconds returns"
+    ).split(),
+    "curves.csv": ["return"],
+    "latent_space.csv": "linear_probe mlp_probe nmi nmi_best_slot cluster_purity chance windows codes_used commit".split(),
+    "latents_2d.csv": ["x", "y", "action", "explained"],
+}
+
+
+@dataclass
+class Args:
+    runs_dir: str = str(ROOT / "runs" / "small")
+    """where the runs of an experiment lie; the folder's name is their scale"""
+    out: str = str(ROOT / "benchmark" / "results")
+    """where the CSV files go"""
+
+
+def joined(returns):
+    """Returns as text, [[draw], [draw]] or [episode, ...]: two decimals at most, draws separated by |."""
+    if returns and isinstance(returns[0], list):
+        return "|".join(map(joined, returns))
+    return " ".join(f"{r:.2f}".rstrip("0").rstrip(".") for r in returns)
+
+
+def rows_of(run, results, scale):
+    """{file: rows} of one run's results.json."""
+    scale_and_game = {"scale": scale, "env_id": results["env_id"]}
+    name = run.name.split("__")[1]
+    common = {**scale_and_game, "seed": results["seed"], **{k: results.get(k) for k in ("num_levels", "device", "device_name", "threads", "commit")}}
+    common["wall_seconds"] = results["wall_seconds"]
+    rows = {file: [] for file in KEYS}
+    if results["stage"] == "collect_expert_data":
+        rows["runs.csv"].append({**common, **results, "method": "demonstrator", "relative_to_demonstrator": 1.0})
+    elif results["stage"] == "lapo_decode":
+        for row in [results["rows"][0], *results["curve"]]:  # random, then each method at each label count
+            method = row["method"] if name == "lapo_decode" or row["method"] != "lapo_decoder" else name
+            if name == "lapo_decode" or row["method"] == "lapo_decoder":
+                rows["runs.csv"].append({**common, **row, "method": method})
+    elif results["stage"] == "lapo_finetune_ppo":
+        rows["runs.csv"].append({**common, **results, "method": name})
+        curve = results["curve"]
+        for frames, value in curve[:: max(1, len(curve) // 60)]:
+            rows["curves.csv"].append({**scale_and_game, "method": name, "seed": results["seed"], "frames": frames, "return": round(value, 3)})
+    elif results["stage"] == "lapo_pretrain" and results["latent_space"]:
+        space = results["latent_space"]
+        used = " ".join(map(str, results["codes_used"] or []))
+        for of in ("trained", "shuffled_actions", "untrained_idm"):
+            more = {"of": of, "run": name, "codes_used": used if of == "trained" else ""}
+            rows["latent_space.csv"].append({**common, **{k: space[k] for k in ("chance", "windows")}, **space[of], **more})
+        if name == "lapo_pretrain":
+            rows["latents_2d.csv"] = latents_2d(run, results, scale_and_game)
+    for row in rows["runs.csv"]:
+        row["returns"] = joined(row["returns"])
+        row |= {k: f"{row[k]:.4f}" for k in ("return_mean", "return_stderr", "relative_return", "relative_to_demonstrator") if row.get(k) is not None}
+    return rows
+
+
+def latents_2d(run, results, scale_and_game, count=600):
+    """Two principal components of `count` test latents with their true actions."""
+    z, t = np.load(run / "test_latents.npy"), np.load(run / "test_windows.npy")
+    pca = PCA(2).fit(z)
+    actions = np.load(Path(results["args"]["data_dir"] or f"data/{results['env_id']}") / "test" / "actions.npy", mmap_mode="r")[t]
+    explained = " ".join(f"{share:.3f}" for share in pca.explained_variance_ratio_)
+    points = zip(pca.transform(z)[:count].round(3).tolist(), actions[:count].tolist())
+    return [{**scale_and_game, "row": i, "x": x, "y": y, "action": a, "explained": explained} for i, ((x, y), a) in enumerate(points)]
+
+
+def merge(path, keys, values, new):
+    """Writes a CSV of the rows that are there already and the new ones, which replace those with the same keys."""
+    old = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+    text = [{k: "" if row.get(k) is None else str(row[k]) for k in [*keys, *values]} for row in [*old, *new]]
+    rows = {tuple(row[k] for k in keys): row for row in text}
+    order = sorted(rows, key=lambda key: [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in key])
+    with path.open("w", newline="") as f:
+        writer = csv.DictWriter(f, [*keys, *values], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[key] for key in order)
+    return len(rows) - len({tuple(row[k] for k in keys) for row in old})
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    runs = sorted(path.parent for path in Path(args.runs_dir).glob("*__*__*/results.json"))
+    if not runs:
+        sys.exit(f"error: --runs-dir {args.runs_dir} holds no finished run: make some with benchmark/experiments.sh")
+    new, first_seed = {file: [] for file in KEYS}, {}
+    for run in runs:
+        results = json.loads((run / "results.json").read_text())
+        rows = rows_of(run, results, Path(args.runs_dir).name)
+        if first_seed.setdefault(results["env_id"], results["seed"]) != results["seed"]:
+            rows["latents_2d.csv"] = []
+        for file in KEYS:
+            new[file] += rows[file]
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    for file, rows in new.items():
+        added = merge(Path(args.out) / file, [k for k in KEYS[file] if k != "frames" or file == "curves.csv"], VALUES[file], rows)
+        print(f"{args.out}/{file}: {len(rows)} rows from {args.runs_dir}, {added} of them new")

@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# The paper's two experiments, and ours, one command each:
+#
+#     benchmark/experiments.sh SCALE EXPERIMENT ENV_ID SEED...
+#
+#     SCALE        small (two CPU cores, about an hour a seed) or paper (a GPU; the scripts' defaults)
+#     EXPERIMENT   online    RL+SL, RL without the decoder, without VQ as well, PPO from scratch (paper section 6.3)
+#                  offline   16 ... 8192 labels: LAPO + decoder beside cloning from scratch on the same labels (section 6.4)
+#                  improved  ours: offline decoding that does not stall (README, "Beyond the paper")
+#                  all       online and offline
+#
+#     benchmark/experiments.sh small all coinrun 1 2 3
+#     python benchmark/collect_results.py --runs-dir runs/small && python benchmark/plot.py
+#
+# What is finished is skipped, what was interrupted goes on. THREADS=1 gives each process one core.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python}
+if [ $# -lt 4 ]; then
+    sed -n '2,/^set/p' "$0" | grep '^#' | cut -c3- >&2
+    exit 1
+fi
+SCALE=$1 EXPERIMENT=$2 ENV_ID=$3
+shift 3
+OUT=runs/$SCALE
+DATA=$OUT/data/$ENV_ID
+if [ -n "${THREADS:-}" ]; then export OMP_NUM_THREADS=$THREADS; fi
+
+case $SCALE in
+small) # the quickstart's networks and data (README, "What the quickstart changes"), a twenty-fifth of the paper's frames online
+    COLLECT=(--expert-checkpoint "experts/$ENV_ID.pt" --num-train-frames 65536 --num-test-frames 8192 --eval-episodes 200)
+    PRETRAIN=(--num-updates 2000 --batch-size 32 --learning-rate 1e-3 --idm-scale 1 --fdm-width 8 --vq-dim 4 --predict-change --eval-every 500)
+    BC=(--num-updates 4000 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 --policy-scale 0.5 --eval-every 1000)
+    FINETUNE=(--total-timesteps 163840 --linear-warmup 50000 100000)
+    DECODE=(--num-labels 16 32 64 128 256 512 1024 2048 4096 8192 --table-labels 256 --num-draws 3 --eval-episodes 60
+        --decoder-updates 200 --bc-updates 200 --bc-epochs 10 --bc-batch-size 64)
+    ;;
+paper)
+    COLLECT=() PRETRAIN=() BC=() FINETUNE=() DECODE=()
+    ;;
+*)
+    echo "error: SCALE is $SCALE, expected small or paper" >&2
+    exit 1
+    ;;
+esac
+case $EXPERIMENT in
+online | offline | improved | all) ;;
+*)
+    echo "error: EXPERIMENT is $EXPERIMENT, expected online, offline, improved or all" >&2
+    exit 1
+    ;;
+esac
+
+run() { # SCRIPT RUN_NAME SEED flags...: skips a finished run
+    local script=$1 name=$2 seed=$3
+    shift 3
+    if [ -f "$OUT/${ENV_ID}__${name}__$seed/results.json" ]; then return; fi
+    echo "== $PYTHON $script --env-id $ENV_ID --exp-name $name --seed $seed --runs-dir $OUT $*"
+    "$PYTHON" "$script" --env-id "$ENV_ID" --exp-name "$name" --seed "$seed" --runs-dir "$OUT" "$@"
+}
+
+run collect_expert_data.py collect_expert_data 1 --data-dir "$DATA" "${COLLECT[@]}" # one dataset for all seeds
+for seed in "$@"; do
+    run lapo_pretrain.py lapo_pretrain "$seed" --data-dir "$DATA" "${PRETRAIN[@]}"
+    run lapo_bc.py lapo_bc "$seed" --data-dir "$DATA" "${BC[@]}"
+    if [ "$EXPERIMENT" = online ] || [ "$EXPERIMENT" = all ]; then
+        run lapo_finetune_ppo.py rl_sl "$seed" "${FINETUNE[@]}"
+        run lapo_finetune_ppo.py rl_no_sl "$seed" --no-sl "${FINETUNE[@]}"
+        run lapo_finetune_ppo.py ppo_from_scratch "$seed" --from-scratch "${FINETUNE[@]}"
+        run lapo_pretrain.py lapo_pretrain_no_vq "$seed" --no-vq --data-dir "$DATA" "${PRETRAIN[@]}"
+        run lapo_bc.py lapo_bc_no_vq "$seed" --data-dir "$DATA" --pretrain-checkpoint "$OUT/${ENV_ID}__lapo_pretrain_no_vq__$seed/checkpoint.pt" "${BC[@]}"
+        run lapo_finetune_ppo.py no_vq "$seed" --no-sl --bc-checkpoint "$OUT/${ENV_ID}__lapo_bc_no_vq__$seed/checkpoint.pt" "${FINETUNE[@]}"
+    fi
+    if [ "$EXPERIMENT" = offline ] || [ "$EXPERIMENT" = all ]; then
+        run lapo_decode.py lapo_decode "$seed" --data-dir "$DATA" "${DECODE[@]}"
+    fi
+    if [ "$EXPERIMENT" = improved ]; then
+        run lapo_decode.py lapo_decode_features "$seed" --data-dir "$DATA" "${DECODE[@]}" --no-bc --decoder-features
+        run lapo_decode.py lapo_decode_features_finetuned "$seed" --data-dir "$DATA" "${DECODE[@]}" --no-bc --decoder-features --finetune all
+        run lapo_decode.py lapo_decode_pseudo_labels "$seed" --data-dir "$DATA" "${DECODE[@]}" --no-bc --pseudo-labels
+    fi
+done

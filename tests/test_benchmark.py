@@ -1,0 +1,123 @@
+"""The results' way from results.json to the tables: every run counted once, intervals that are right, pictures that get drawn."""
+
+import csv
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ENV_ID, ROOT, STAGES, decode, run_dir
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import collect_results  # noqa: E402
+import plot  # noqa: E402
+import why_it_stalls  # noqa: E402
+
+
+def script(name, *flags, cwd):
+    return subprocess.run([sys.executable, ROOT / "benchmark" / name, *map(str, flags)], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def results(pipeline, tmp_path_factory):
+    """The folder that collect_results.py has written from the toy pipeline."""
+    out = tmp_path_factory.mktemp("results")
+    done = script("collect_results.py", "--runs-dir", pipeline.cwd / "runs", "--out", out, cwd=pipeline.cwd)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def rows(path):
+    return list(csv.DictReader(path.open(newline="")))
+
+
+def test_every_result_is_one_row(pipeline, results):
+    """Demonstrator, random play, two label counts of two methods, three online runs; the numbers are results.json's."""
+    table = {(r["method"], r["n_labels"]): r for r in rows(results / "runs.csv")}
+    online = {"lapo_finetune_ppo", "lapo_finetune_ppo_no_sl", "lapo_finetune_ppo_from_scratch"}
+    offline = {(m, n) for m in ("lapo_decoder", "bc_from_scratch") for n in ("16", "32")}
+    assert set(table) == {("demonstrator", ""), ("random", ""), *offline, *((m, "") for m in online)}
+    for method in online:
+        wanted, row = pipeline.results[method], table[method, ""]
+        assert int(row["frames"]) == wanted["frames"] == 2048 and int(row["episodes"]) == wanted["episodes"]
+        assert float(row["return_mean"]) == pytest.approx(wanted["return_mean"], abs=1e-4)
+        assert np.mean(plot.returns_of(row)) == pytest.approx(wanted["return_mean"], abs=1e-2)
+        assert row["commit"] == (wanted["commit"] or "") and row["device"] == "cpu"
+    for wanted in pipeline.results["lapo_decode"]["curve"]:
+        draws = plot.returns_of(table[wanted["method"], str(wanted["n_labels"])])
+        assert [d.mean() for d in draws] == pytest.approx(wanted["draws"]) and sum(map(len, draws)) == wanted["episodes"]
+    space = pipeline.results["lapo_pretrain"]["latent_space"]
+    for row in rows(results / "latent_space.csv"):
+        assert float(row["linear_probe"]) == space[row["of"]]["linear_probe"] and float(row["nmi"]) == space[row["of"]]["nmi"]
+    assert len(rows(results / "latent_space.csv")) == 3 and len(rows(results / "latents_2d.csv")) == 64
+    assert [int(r["frames"]) for r in rows(results / "curves.csv") if r["method"] == "lapo_finetune_ppo"] == [512, 1024, 1536, 2048]
+
+
+def test_collecting_again_adds_nothing_and_loses_nothing(pipeline, results, tmp_path):
+    """The same runs give the same files; rows of runs that are gone stay."""
+    before = {path.name: path.read_bytes() for path in results.iterdir()}
+    for path in results.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    only = tmp_path / "runs" / run_dir("lapo_bc").name
+    only.mkdir(parents=True)
+    (only / "results.json").write_bytes((pipeline.cwd / run_dir("lapo_bc") / "results.json").read_bytes())
+    for folder in (pipeline.cwd / "runs", tmp_path / "runs"):
+        assert script("collect_results.py", "--runs-dir", folder, "--out", tmp_path, cwd=pipeline.cwd).returncode == 0
+        assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    done = script("collect_results.py", "--runs-dir", tmp_path / "none", "--out", tmp_path, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("error: --runs-dir") and len(done.stderr.splitlines()) == 1
+
+
+def test_intervals():
+    """The bootstrap's spread is that of a mean: of episodes within a seed, and of seeds where those differ."""
+    rng = np.random.default_rng(0)
+    one = plot.resampled_means([[rng.normal(3, 2, size=400)]], 2000, rng)
+    assert one.mean() == pytest.approx(3, abs=0.3) and one.std() == pytest.approx(2 / 20, rel=0.1)
+    seeds = [[np.full(50, level)] for level in (0.0, 1.0, 5.0)]
+    assert plot.resampled_means(seeds, 4000, rng).std() == pytest.approx(np.std([0, 1, 5]) / 3**0.5, rel=0.05)
+    assert collect_results.joined([[1.0, 2.5], [0.333]]) == "1 2.5|0.33" and collect_results.joined([10.0, 0.0]) == "10 0"
+
+
+def test_shares_of_the_demonstrator(results):
+    """Random play is 0 and the demonstrator 1, in the table as well."""
+    scores = plot.Scores(plot.read(results / "runs.csv", "runs"), 100)
+    assert scores.relative(ENV_ID, scores.random[ENV_ID]) == 0 and scores.relative(ENV_ID, scores.demonstrator[ENV_ID]) == 1
+    mean, low, high, seeds, episodes = scores.interval(ENV_ID, "lapo_decoder", 16.0)
+    assert low <= mean <= high and (seeds, episodes) == (1, 4) and scores.interval(ENV_ID, "no_vq") is None
+
+
+def test_pictures_and_tables(results):
+    """plot.py draws from the CSV files alone, and refuses a scale without runs in one sentence."""
+    done = script("plot.py", "--results", results, "--scale", "runs", "--resamples", 50, cwd=results)
+    assert done.returncode == 0, done.stderr
+    text = (results / "runs-tables.md").read_text()
+    assert "| demonstrator |" in text and "untrained idm" in text
+    for name in ("offline", "bars", "latents"):
+        assert (results / f"runs-{name}.png").read_bytes().startswith(b"\x89PNG")
+    done = script("plot.py", "--results", results, "--scale", "paper", cwd=results)
+    assert done.returncode == 1 and "--scale paper" in done.stderr
+
+
+def test_best_updates():
+    """Cross-validation asks for all updates where labels can be learnt, and for few where they are noise."""
+    how = (1e-3, 512, SimpleNamespace(weight_decay=1e-2, label_smoothing=0.05), torch.autocast("cpu", enabled=False))
+    rng = np.random.default_rng(0)
+    a = torch.from_numpy(rng.integers(15, size=256))
+    z = torch.from_numpy(rng.normal(size=(15, 8)).astype(np.float32) * 5)[a]
+    torch.manual_seed(0)
+    assert why_it_stalls.best_updates(lambda: decode.Decoder(8, (64,)), z, a, 200, *how) == 200
+    assert why_it_stalls.best_updates(lambda: decode.Decoder(8, (64,)), z, a[torch.randperm(256)], 200, *how) <= 50
+
+
+def test_provenance(pipeline):
+    """Every results.json says what it rests on."""
+    for stage in STAGES:
+        results = pipeline.results[stage]
+        assert results["versions"].keys() == {"python", "torch", "numpy", "procgen"} and results["threads"] == 1
+        assert results["command"].startswith("python ") and f"{stage}.py" in results["command"]
+        commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        assert not commit or commit.startswith(results["commit"].removesuffix("-dirty"))
+    assert json.dumps(results)
