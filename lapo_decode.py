@@ -8,7 +8,7 @@
     policy         a ~ d(pi(o_t))
 
 For every label count n and several draws of the labelled frames, plays it beside behaviour cloning from scratch on the same
-labels (same network, same loss), and beside acting at random and the demonstrator.
+labels (same network, same loss), and beside acting at random and the demonstrator. Flags whose help begins with "ours" are not the paper's.
 
 Reads data/ENV_ID and runs/ENV_ID__lapo_bc__SEED/checkpoint.pt, writes runs/ENV_ID__lapo_decode__SEED/{results.json,checkpoint.pt}.
     python lapo_decode.py --env-id bossfight

@@ -680,10 +680,11 @@ if __name__ == "__main__":
         fdm_loss, copy_loss, z, codes = 0, 0, [], []
         for t in np.array_split(eval_t["test"], max(1, len(eval_t["test"]) // args.batch_size)):
             windows = get_windows(test_frames, t, device)
-            prediction, _, *latents, _ = predict(*networks, windows, autocast)
+            prediction, _, latent, code, _ = predict(*networks, windows, autocast)
             fdm_loss += F.mse_loss(prediction, windows[:, 6:]).item() * len(t) / len(eval_t["test"])
             copy_loss += F.mse_loss(windows[:, 3:6], windows[:, 6:]).item() * len(t) / len(eval_t["test"])
-            z.append(latents[0]), codes.append(latents[1])
+            z.append(latent)
+            codes.append(code)
         out = {"test/fdm_loss": fdm_loss, "test/copy_last_frame_loss": copy_loss}
         z, codes = {"test": torch.cat(z).cpu().numpy()}, {"test": torch.cat(codes).cpu().numpy() if args.vq else None}
         if len(labels) == 2:  # what the probe is fitted on

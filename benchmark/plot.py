@@ -3,7 +3,7 @@
     python benchmark/plot.py        # benchmark/results/*.csv -> benchmark/results/{online,offline,bars,latents}.png, tables.md
 
 Intervals are 95%, by a bootstrap over seeds, draws of the labels and episodes (games stay as they are); means over games are
-interquartile means over all of their runs where there are at least eight of them (Agarwal et al. 2021, rliable's method).
+interquartile means over all of their runs where there are at least eight of them (Agarwal et al. 2021, rliable's method); in tables.md.
 """
 
 import csv
@@ -80,13 +80,16 @@ def returns_of(row):
     return [np.array(draw.split(), dtype=float) for draw in row["returns"].split("|")]
 
 
+def pick(items, rng):
+    """As many of the items, drawn with replacement."""
+    return [items[i] for i in rng.integers(len(items), size=len(items))]
+
+
 def resampled_means(seeds, resamples, rng):
     """Bootstrap means (resamples,) of seeds, each a list of draws, each an array of episodes: resamples all three levels."""
-
-    def pick(items):
-        return [items[i] for i in rng.integers(len(items), size=len(items))]
-
-    return np.array([np.mean([np.mean([rng.choice(d, len(d)).mean() for d in pick(draws)]) for draws in pick(seeds)]) for _ in range(resamples)])
+    return np.array(
+        [np.mean([np.mean([rng.choice(d, len(d)).mean() for d in pick(draws, rng)]) for draws in pick(seeds, rng)]) for _ in range(resamples)]
+    )
 
 
 class Scores:
@@ -132,8 +135,8 @@ class Scores:
 
         samples = []
         for _ in range(self.resamples):
-            picked = {g: [seeds[i] for i in rng.integers(len(seeds), size=len(seeds))] for g, seeds in per_game.items()}
-            samples.append(centre([runs(g, [[rng.choice(d, len(d)) for d in draws] for draws in seeds]) for g, seeds in picked.items()]))
+            picked = {g: pick(seeds, rng) for g, seeds in per_game.items()}
+            samples.append(centre([runs(g, [[rng.choice(d, len(d)) for d in pick(draws, rng)] for draws in seeds]) for g, seeds in picked.items()]))
         return (centre([runs(g, seeds) for g, seeds in per_game.items()]), *np.percentile(samples, [2.5, 97.5]), many)
 
 
@@ -228,7 +231,7 @@ def plot_offline(scores, ours, path):
 
 
 def plot_bars(scores, ours, path):
-    """Share of the demonstrator's return, a group a game, and the mean over games; the paper's beside it."""
+    """Share of the demonstrator's return, a group a game; the paper's mean over its games beside them."""
     most = {g: max((n for e, m, n in scores.groups if (e, m) == (g, "lapo_decoder") and n != ""), default=None) for g in scores.games}
     methods = [m for m in (*ONLINE, "lapo_decoder", "bc_from_scratch", *ours) if any(key[1] == m for key in scores.groups)]
     if not methods:
@@ -243,16 +246,8 @@ def plot_bars(scores, ours, path):
             if found:
                 mean, low, high = (scores.relative(g, v) for v in found[:3])
                 at = x + (i - (len(methods) - 1) / 2) * width
-                ax.bar(
-                    at,
-                    mean,
-                    width * 0.92,
-                    color=look["color"],
-                    label=look["label"] if x == 0 else None,
-                    hatch="//" if offline else None,
-                    ec="white",
-                    lw=0.3,
-                )
+                name, hatch = (look["label"] if x == 0 else None), ("//" if offline else None)
+                ax.bar(at, mean, width * 0.92, color=look["color"], label=name, hatch=hatch, ec="white", lw=0.3)
                 ax.errorbar(at, mean, [[max(0, mean - low)], [max(0, high - mean)]], color="black", lw=1, capsize=2)
         at = len(scores.games) + (i - (len(methods) - 1) / 2) * width
         if (paper := PAPER_ONLINE.get(method) or (PAPER_OFFLINE[8192] if method == "lapo_decoder" else None)) is not None:
@@ -294,67 +289,44 @@ def caption(fig, text):
     fig.text(0.5, -0.02, text, ha="center", va="top", fontsize=9)
 
 
+def table_row(*cells):
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
 def tables(scores, ours, space):
     """Everything above in numbers, as Markdown."""
     head = "game | method | labels | frames online | return | 95% interval | seeds | episodes | relative return | share of the demonstrator's"
     lines = [f"| {head} | the paper's return (all levels) |", "|" + "---|" * 11]
+    offline = sorted(
+        {(m, n) for _, m, n in scores.groups if n != ""}, key=lambda key: (("bc_from_scratch", "lapo_decoder", *ours).index(key[0]), key[1])
+    )
     for g in scores.games:
         random, expert = PAPER_SCORES[g]
-        paper = {
-            ("random", ""): random,
-            ("demonstrator", ""): expert,
-            ("ppo_from_scratch", ""): PAPER_SCRATCH[g],
-            ("lapo_decoder", 8192.0): PAPER_8192[g],
-        }
-        keys = [(m, "") for m in ("random", "demonstrator", *ONLINE)]
-        keys += [
-            (m, n) for m in ("bc_from_scratch", "lapo_decoder", *ours) for n in sorted(k[2] for k in scores.groups if k[:2] == (g, m) and k[2] != "")
-        ]
-        for method, n in keys:
+        paper = {("random", ""): random, ("demonstrator", ""): expert}
+        paper |= {("ppo_from_scratch", ""): PAPER_SCRATCH[g], ("lapo_decoder", 8192.0): PAPER_8192[g]}
+        for method, n in [*((m, "") for m in ("random", "demonstrator", *ONLINE)), *offline]:
             if found := scores.interval(g, method, n):
                 mean, low, high, seeds, episodes = found
                 frames = next(iter(scores.groups[g, method, n].values()))["frames"] if method in ONLINE else ""
-                cells = [
-                    g,
-                    style(method, ours)["label"],
-                    n and f"{n:.0f}",
-                    frames and f"{frames:.0f}",
-                    f"{mean:.2f}",
-                    f"{low:.2f} – {high:.2f}",
-                    seeds,
-                    episodes,
-                ]
-                lines.append(
-                    "| "
-                    + " | ".join(
-                        map(
-                            str, [*cells, f"{(mean - random) / (expert - random):.2f}", f"{scores.relative(g, mean):.2f}", paper.get((method, n), "")]
-                        )
-                    )
-                    + " |"
-                )
-    lines += [
-        "",
-        "| game | pretraining | latents | seeds | linear probe | MLP probe | chance | NMI (slots) | NMI (best) | cluster purity | codes used |",
-        "|" + "---|" * 11,
-    ]
-    groups = defaultdict(list)
+                what = g, style(method, ours)["label"], n and f"{n:.0f}", frames and f"{frames:.0f}"
+                score = f"{mean:.2f}", f"{low:.2f} – {high:.2f}", seeds, episodes, f"{(mean - random) / (expert - random):.2f}"
+                lines.append(table_row(*what, *score, f"{scores.relative(g, mean):.2f}", paper.get((method, n), "")))
+    for method, n in [*((m, "") for m in ONLINE), *offline] if len(scores.games) > 1 else []:
+        if found := scores.over_games(method, n):
+            mean, low, high, many = found
+            what = "interquartile mean" if many else "mean of the games"
+            share = f"{mean:.2f} ({low:.2f} – {high:.2f})"
+            lines.append(table_row(what, style(method, ours)["label"], n and f"{n:.0f}", *[""] * 6, share, ""))
+    head = "game | pretraining | latents | seeds | linear probe | MLP probe | chance | NMI (slots) | NMI (best) | cluster purity | codes used"
+    lines += ["", f"| {head} |", "|" + "---|" * 11]
+    groups, order = defaultdict(list), ("trained", "untrained_idm", "shuffled_actions")
     for row in space:
         groups[row["env_id"], row["run"], row["of"]].append(row)
-    for (g, run, of), rows in sorted(
-        groups.items(), key=lambda item: (*item[0][:2], ("trained", "untrained_idm", "shuffled_actions").index(item[0][2]))
-    ):
-        values = [
-            np.mean([r[k] for r in rows]) if rows[0][k] != "" else None
-            for k in ("linear_probe", "mlp_probe", "chance", "nmi", "nmi_best_slot", "cluster_purity")
-        ]
-        shown = ["" if v is None else f"{v:.3f}" for v in values]
-        vq = "no VQ" if run.endswith("no_vq") else "VQ"
-        lines.append(
-            "| "
-            + " | ".join([g, vq, of.replace("_", " "), str(len(rows)), *shown, "; ".join(str(r["codes_used"]) for r in rows if r["codes_used"])])
-            + " |"
-        )
+    for (g, run, of), rows in sorted(groups.items(), key=lambda item: (*item[0][:2], order.index(item[0][2]))):
+        metrics = ("linear_probe", "mlp_probe", "chance", "nmi", "nmi_best_slot", "cluster_purity")
+        values = [f"{np.mean([r[k] for r in rows]):.3f}" if rows[0][k] != "" else "" for k in metrics]
+        used = "; ".join(str(r["codes_used"]) for r in rows if r["codes_used"])
+        lines.append(table_row(g, "no VQ" if run.endswith("no_vq") else "VQ", of.replace("_", " "), len(rows), *values, used))
     return "\n".join(lines) + "\n"
 
 

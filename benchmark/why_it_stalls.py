@@ -165,7 +165,7 @@ if __name__ == "__main__":
     ax.set(
         xlabel="labelled frames",
         ylabel="cross-entropy of the demonstrator's action (nats)",
-        title=f"{args.env_id}, {len(args.seeds)} seeds, {args.num_draws} draws",
+        title=f"{args.env_id}, seeds: {len(args.seeds)}, draws: {args.num_draws}",
     )
     ax.legend(fontsize=8)
     fig.text(

@@ -87,6 +87,9 @@ def test_shares_of_the_demonstrator(results):
     assert scores.relative(ENV_ID, scores.random[ENV_ID]) == 0 and scores.relative(ENV_ID, scores.demonstrator[ENV_ID]) == 1
     mean, low, high, seeds, episodes = scores.interval(ENV_ID, "lapo_decoder", 16.0)
     assert low <= mean <= high and (seeds, episodes) == (1, 4) and scores.interval(ENV_ID, "no_vq") is None
+    over, low, high, many = scores.over_games("lapo_decoder", 16.0)  # one game, one run: its own share
+    assert over == pytest.approx(scores.relative(ENV_ID, mean)) and not many and min(low, high) <= over <= max(low, high)
+    assert scores.over_games("no_vq") is None
 
 
 def test_pictures_and_tables(results):
