@@ -129,6 +129,8 @@ class Args:
     """ours: then train the policy through the decoder on the labels: its last two layers (head), or all of them"""
     finetune_updates: int = 200
     """gradient steps of that"""
+    finetune_epochs: int = 0
+    """at least so many passes over the labels, if that takes more steps than finetune_updates"""
     finetune_learning_rate: float = 1e-4
     """Adam's learning rate for that, linearly to 0"""
     pseudo_labels: bool = False
@@ -835,7 +837,8 @@ if __name__ == "__main__":
                 decoded.policy = copy.deepcopy(policy)
                 for part in [decoded.policy] if args.finetune == "all" else [decoded.policy.network.fc, decoded.policy.head]:
                     part.requires_grad_(True)
-                fit(decoded, obs[:n], actions[:n], args.finetune_updates, args.finetune_learning_rate, args.bc_batch_size, args, autocast)
+                updates = max(args.finetune_updates, -(-args.finetune_epochs * n // args.bc_batch_size))
+                fit(decoded, obs[:n], actions[:n], updates, args.finetune_learning_rate, args.bc_batch_size, args, autocast)
             film = run_dir / "lapo_decoder.gif" if args.capture_video and (n, draw) == (args.table_labels, 0) else None
             returns = play(lapo_logits, episodes_per_draw, draw, film)
             if (n, draw) == (args.table_labels, 0):
