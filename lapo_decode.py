@@ -152,7 +152,7 @@ class Args:
     bc_learning_rate: float = 5e-4
     """Adam's learning rate for behaviour cloning from scratch, linearly to 0"""
     bc_batch_size: int = 128
-    """the largest batch of behaviour cloning from scratch; the decoder's is 512"""
+    """the largest batch of behaviour cloning from scratch, and of fine-tuning on the labels; the decoder's is 512"""
     label_smoothing: float = 0.05
     """label smoothing of both"""
     weight_decay: float = 1e-2

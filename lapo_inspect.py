@@ -716,7 +716,7 @@ if __name__ == "__main__":
     chosen = np.where(group[:, None] == np.arange(len(sizes)), distance, np.inf).argmin(0)  # (K,): each group's window nearest to its centre
     actions = None if labels is None else labels[t]
     padded = np.pad(latents, ((0, 0), (0, 1)))  # a column of zeros: the latent may have one dimension only
-    pca = PCA(2).fit(padded)
+    pca = PCA(2, random_state=args.seed).fit(padded)
     picture = plot_latents(pca.transform(padded), np.nan_to_num(pca.explained_variance_ratio_), group, actions)
     what = "quantised latent actions" if vq else "continuous latent actions (trained with --no-vq)"
     show("latents", {"latents.png": picture}, what=what, windows=len(t))

@@ -141,7 +141,7 @@ class Args:
     """decay of the codebooks' moving averages"""
 
     eval_every: int = 1000
-    """updates between evaluations on test windows: loss, probe, pictures (these are left out while they have taken over 2% of the time)"""
+    """updates between evaluations on test windows: loss, probe, pictures (left out while they have taken over 2% of the time, but for the last)"""
     eval_windows: int = 2048
     """test windows in an evaluation; the probe is fitted on as many training windows"""
 
@@ -670,7 +670,7 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if args.env_id not in ENV_NAMES:
         sys.exit(f"error: --env-id {args.env_id} is not a Procgen game: choose one of {', '.join(ENV_NAMES)}")
-    require(args, num_updates=1, batch_size=1, eval_every=1, eval_windows=1)
+    require(args, num_updates=1, batch_size=1, eval_every=1, eval_windows=2)
     data_dir = Path(args.data_dir or f"data/{args.env_id}")
     run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
     if (run_dir / "results.json").exists() and not args.overwrite:
@@ -681,14 +681,17 @@ if __name__ == "__main__":
     train_frames, train_t = load_frames(data_dir, "train", data_meta)
     test_frames, test_t = load_frames(data_dir, "test", data_meta)
     for split, t in (("train", train_t), ("test", test_t)):
-        if len(t) < args.batch_size:
-            sys.exit(f"error: --batch-size {args.batch_size} exceeds the {len(t)} {split} windows of {data_dir}: lower it or collect more frames")
+        if len(t) < max(2, args.batch_size):
+            found = f"{data_dir} has {len(t)} {split} windows"
+            sys.exit(f"error: {found}, expected at least --batch-size {args.batch_size}, and 2: lower it or collect more frames")
     labels = {}  # for the probe only
     for split in ("train", "test"):
         if (data_dir / split / "actions.npy").exists():
             labels[split] = load_actions(data_dir, split, data_meta)
 
     writer, state = start_run(run_dir, args)
+    for name in ("predictions", "latents", "rollouts"):
+        (run_dir / f"{name}.png").unlink(missing_ok=True)
 
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -719,8 +722,10 @@ if __name__ == "__main__":
     change = np.array([np.abs(test_frames[t + 1].astype(np.int16) - test_frames[t]).mean() for t in eval_t["test"]])
     picture_t = eval_t["test"][np.argsort(-change, kind="stable")][:: max(1, len(change) // 48)][:12]  # spread over the upper quarter
 
-    whole = eval_t["test"][np.all([np.isin(eval_t["test"] + k, test_t) for k in range(8)], axis=0)]  # eight steps follow within the episode
-    rollout_t = picture_t[np.isin(picture_t, whole)][:2, None] + np.arange(8)  # (S, T): none to two stretches for the picture of rollouts
+    # and for the picture of rollouts eight in a row, none if no episode is that long
+    whole = np.all([np.isin(eval_t["test"] + k, test_t) for k in range(8)], axis=0)
+    rollout_t = eval_t["test"][whole][np.argsort(-change[whole], kind="stable")][:1, None] + np.arange(8)
+    rollout_t = rollout_t.ravel()  # (T,)
 
     split_frames = {"train": train_frames, "test": test_frames}
     true_actions = {split: labels[split][eval_t[split]] for split in labels}  # int8 (n,)
@@ -738,7 +743,12 @@ if __name__ == "__main__":
 
     @torch.no_grad()
     def evaluate():
-        """Losses on test windows beside copying the last frame, the probe where labels exist, latents and codes."""
+        """Losses on test windows beside copying the last frame, how much of the IDM is alive, the probe where labels exist; latents and codes.
+
+        Networks in eval mode.
+        """
+        alive = []  # (share, windows) of every batch
+        hook = idm.network.conv.register_forward_hook(lambda module, inputs, x: alive.append(((x > 0).float().mean().item(), len(x))))
         fdm_loss, copy_loss, z, codes = 0, 0, [], []
         for t in np.array_split(eval_t["test"], max(1, len(eval_t["test"]) // args.batch_size)):
             windows = get_windows(test_frames, t, device)
@@ -747,7 +757,8 @@ if __name__ == "__main__":
             copy_loss += F.mse_loss(windows[:, 3:6], windows[:, 6:]).item() * len(t) / len(eval_t["test"])
             z.append(latent)
             codes.append(code)
-        out = {"test/fdm_loss": fdm_loss, "test/copy_last_frame_loss": copy_loss}
+        hook.remove()
+        out = {"test/fdm_loss": fdm_loss, "test/copy_last_frame_loss": copy_loss, "test/idm_active_share": float(np.average(*zip(*alive)))}
         z, codes = {"test": torch.cat(z).cpu().numpy()}, {"test": torch.cat(codes).cpu().numpy() if args.vq else None}
         if len(labels) == 2:  # what the probe is fitted on
             z["train"], codes["train"] = encode("train", *networks[:2])
@@ -755,10 +766,10 @@ if __name__ == "__main__":
         return out, z, codes
 
     @torch.no_grad()
-    def draw(z):
+    def draw(z, codes):
         """Pictures {name: (H, W, 3) uint8} of test windows: predictions, latents (n, latent_dim) in 2-D, and groups of latents held in the FDM.
 
-        lapo_inspect.py draws the same with more care, and says what to look for.
+        Networks in eval mode. lapo_inspect.py draws the same with more care, and says what to look for.
         """
         windows = get_windows(test_frames, picture_t, device)
         prediction = predict(*networks, windows, autocast)[0]
@@ -770,32 +781,34 @@ if __name__ == "__main__":
         z = torch.from_numpy(z).to(device)
         z = vq(z)[0] if args.vq else z  # as the FDM is given them
         points = np.pad(z.cpu().numpy(), ((0, 0), (0, 1)))  # a column of zeros: the latent may have one dimension only
-        pca = PCA(2).fit(points)
-        kmeans = KMeans(min(8, len(np.unique(points, axis=0))), n_init=1, random_state=0).fit(points)
+        with np.errstate(invalid="ignore"):  # latents that are all the same have no variance to explain
+            pca = PCA(2, random_state=0).fit(points)
+        kmeans = KMeans(min(8, len(np.unique(codes if args.vq else points, axis=0))), n_init=1, random_state=0).fit(points)
+        order = np.argsort(-np.bincount(kmeans.labels_, minlength=kmeans.n_clusters), kind="stable")  # groups, the most frequent one first
         xy, share = pca.transform(points), np.nan_to_num(pca.explained_variance_ratio_)
-        figure = plot_latents(xy, share, kmeans.labels_, true_actions.get("test"))
+        figure = plot_latents(xy, share, np.argsort(order)[kmeans.labels_], true_actions.get("test"))
         figure.canvas.draw()
         pictures["latents"] = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
         plt.close(figure)
 
         if len(rollout_t):
-            held = z[torch.from_numpy(kmeans.transform(points).argmin(0)).to(device)]  # (K, latent_dim): the latents nearest to the groups' centres
-            windows = get_windows(test_frames, rollout_t.ravel(), device).unflatten(0, rollout_t.shape)  # (S, T, 9, 64, 64)
+            nearest = kmeans.transform(points).argmin(0)[order]  # (K,): for each group the window nearest to its centre
+            held = z[torch.from_numpy(nearest).to(device)]  # (K, latent_dim)
+            windows = get_windows(test_frames, rollout_t, device)  # (T, 9, 64, 64)
             with autocast:
-                read = idm(windows.flatten(0, 1))
-            read = (vq(read)[0] if args.vq else read).unflatten(0, rollout_t.shape)  # (S, T, latent_dim): what the IDM reads from the true frames
-            before, now = (windows[:, 0, c].repeat_interleave(1 + len(held), dim=0) for c in (slice(0, 3), slice(3, 6)))  # (S * (1 + K), 3, 64, 64)
+                read = idm(windows)
+            read = vq(read)[0] if args.vq else read  # (T, latent_dim): from the true frames
+            past = windows[:1, :6].expand(1 + len(held), -1, -1, -1)
             shown = []
-            for k in range(rollout_t.shape[1]):
-                latent = torch.cat([read[:, k, None], held.expand(len(read), -1, -1)], dim=1).flatten(0, 1)
+            for k in range(len(rollout_t)):
                 with autocast:
-                    before, now = now, fdm(torch.cat([before, now], dim=1), latent)
+                    now = fdm(past, torch.cat([read[k, None], held]))
+                past = torch.cat([past[:, 3:], now], dim=1)  # goes on from its own predictions
                 if k + 1 in (1, 2, 4, 8):
-                    shown.append(torch.cat([windows[:, k, None, 6:], now.unflatten(0, (len(read), -1))], dim=1))  # (S, 2 + K, 3, 64, 64)
+                    shown.append(torch.cat([windows[k, None, 6:], now]))  # (2 + K, 3, 64, 64)
             names = ["true frames", "IDM's latents", *(f"code {g} held" for g in range(len(held)))]
-            above = [f"start {start + 1}\nstep {step}" for start in range(len(read)) for step in (1, 2, 4, 8)]
-            sheet = to_pixels(torch.stack(shown, dim=1).flatten(0, 1).transpose(0, 1))  # (2 + K, S * 4, 64, 64, 3)
-            pictures["rollouts"] = np.asarray(contact_sheet(sheet, names, above, 1, len(names)))
+            sheet = contact_sheet(to_pixels(torch.stack(shown, dim=1)), names, [f"step {k}" for k in (1, 2, 4, 8)], 1, len(names))
+            pictures["rollouts"] = np.asarray(sheet)
         return pictures
 
     meta = {
@@ -803,7 +816,7 @@ if __name__ == "__main__":
         "data_dir": str(data_dir), "args": asdict(args),
     }  # fmt: skip
     rng = np.random.default_rng(args.seed)
-    curve, first_update, low_perplexity, picture_seconds, checkpointer = [], 0, 0, 0.0, Checkpointer(args.checkpoint_seconds)
+    curve, first_update, collapsed, picture_seconds, checkpointer = [], 0, 0, 0.0, Checkpointer(args.checkpoint_seconds)
     modules = {"idm": idm, "vq": vq, "fdm": fdm, "optimizer": optimizer}
     if state:
         with refusing_damage(run_dir / "resume.pt"):
@@ -811,7 +824,7 @@ if __name__ == "__main__":
                 module.load_state_dict(state[name])
             set_rng_state(state["rng"], rng)
             curve, first_update = state["meta"]["curve"], state["meta"]["step"]
-            picture_seconds = float(state["meta"]["picture_seconds"])
+            picture_seconds = float(state["meta"].get("picture_seconds", 0.0))
     progress = tqdm(
         range(first_update, args.num_updates), initial=first_update, total=args.num_updates, unit="update", desc="pretrain", mininterval=1
     )
@@ -819,7 +832,7 @@ if __name__ == "__main__":
         optimizer.param_groups[0]["lr"] = args.learning_rate * lr_factor(update)
         t = train_t[rng.integers(len(train_t), size=args.batch_size)]
         windows = get_windows(train_frames, t, device)
-        prediction, vq_loss, z, _, perplexity = predict(*networks, windows, autocast)
+        prediction, vq_loss, z, batch_codes, perplexity = predict(*networks, windows, autocast)
         fdm_loss = F.mse_loss(prediction, windows[:, 6:])
         loss = fdm_loss + vq_loss
         optimizer.zero_grad()
@@ -838,11 +851,15 @@ if __name__ == "__main__":
             writer.add_scalar("losses/grad_norm", grad_norm.item(), step)
             for n, p in enumerate(perplexity.tolist() if args.vq else []):
                 writer.add_scalar(f"codebook/perplexity_{n}", p, step)
-            low_perplexity = low_perplexity + 1 if args.vq and perplexity.min() < 1.5 else 0
-            if low_perplexity == 5:
+            different = len(torch.unique(batch_codes.flatten(1) if args.vq else z.detach().round(decimals=4), dim=0))  # equal to 4 decimals: the same
+            writer.add_scalar("codebook/different_latents", different, step)
+            collapsed = collapsed + 1 if different < min(2, args.batch_size) or args.vq and perplexity.min() < 1.5 else 0
+            if collapsed == 5:
+                found = f"{different} different latents in a batch of {args.batch_size}"
+                found += f", perplexity {perplexity.min():.2f} of a codebook" if args.vq else ""
                 tqdm.write(
-                    f"warning: update {step}: a codebook has collapsed to perplexity {perplexity.min():.2f} (1: a single code), so that its latents "
-                    "say nothing: try a lower --learning-rate, another --seed, --vq-decay 0.99 or --predict-change"
+                    f"warning: update {step}: the latents have collapsed ({found}), so that they say nothing: "
+                    "try a longer --warmup-updates, a lower --learning-rate or another --seed"
                 )
             writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], step)
             writer.add_scalar("charts/SPS", (progress.format_dict["rate"] or 0) * args.batch_size, step)
@@ -850,8 +867,8 @@ if __name__ == "__main__":
             trained.eval()
             out, latents, codes = evaluate()
             now = time.time()
-            if picture_seconds < 0.02 * (now - start_time) or step == args.num_updates:  # no more of the time than that
-                pictures = draw(latents["test"])
+            if picture_seconds < 0.02 * (now - start_time) or step == args.num_updates:  # left out while they have taken more of the time
+                pictures = draw(latents["test"], codes["test"])
                 for name, picture in pictures.items():
                     writer.add_image(f"pictures/{name}", picture, step, dataformats="HWC")
                 picture_seconds += time.time() - now
@@ -875,7 +892,7 @@ if __name__ == "__main__":
     if first_update == args.num_updates:  # interrupted after the last update
         trained.eval()
         out, latents, codes = evaluate()
-        pictures = draw(latents["test"])
+        pictures = draw(latents["test"], codes["test"])
 
     # what a report needs: the pictures, and test latents in order of eval_t["test"]
     for name, picture in pictures.items():

@@ -55,8 +55,16 @@ esac
 run() { # SCRIPT RUN_NAME SEED flags...: skips a finished run
     local script=$1 name=$2 seed=$3
     shift 3
-    if [ -f "$OUT/${ENV_ID}__${name}__$seed/results.json" ]; then return; fi
-    echo "== $PYTHON $script --env-id $ENV_ID --exp-name $name --seed $seed --runs-dir $OUT $*"
+    local results=$OUT/${ENV_ID}__${name}__$seed/results.json
+    local command="$script --env-id $ENV_ID --exp-name $name --seed $seed --runs-dir $OUT $*"
+    if [ -f "$results" ]; then
+        if ! grep -qF "\"command\": \"python $command\"" "$results"; then
+            echo "error: $results was made with other flags than today's, so that seeds would not compare: move its folder away" >&2
+            exit 1
+        fi
+        return
+    fi
+    echo "== $PYTHON $command"
     "$PYTHON" "$script" --env-id "$ENV_ID" --exp-name "$name" --seed "$seed" --runs-dir "$OUT" "$@"
 }
 

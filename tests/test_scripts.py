@@ -75,7 +75,7 @@ def test_results_of_the_other_stages(pipeline):
     assert meta["demonstrator"] == {k: results["collect_expert_data"][k] for k in ("return_mean", "return_stderr", "episodes")}
     assert {s: meta["splits"][s]["num_frames"] for s in meta["splits"]} == {"train": 2000, "test": 400}
     assert [c["update"] for c in results["lapo_pretrain"]["curve"]] == [3, 6]
-    for key in ("test/fdm_loss", "test/copy_last_frame_loss", "probe/balanced_accuracy", "probe/chance"):
+    for key in ("test/fdm_loss", "test/copy_last_frame_loss", "test/idm_active_share", "probe/balanced_accuracy", "probe/chance"):
         assert np.isfinite(results["lapo_pretrain"][key]) and results["lapo_pretrain"][key] == results["lapo_pretrain"]["curve"][-1][key]
     assert results["lapo_bc"]["updates"] == 6 and 0 < results["lapo_bc"]["test/latent_mse"] < 10
     for name in ("lapo_finetune_ppo", "lapo_finetune_ppo_no_sl", "lapo_finetune_ppo_from_scratch"):
