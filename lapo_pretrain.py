@@ -747,8 +747,8 @@ if __name__ == "__main__":
 
         Networks in eval mode.
         """
-        alive = []  # (share, windows) of every batch
-        hook = idm.network.conv.register_forward_hook(lambda module, inputs, x: alive.append(((x > 0).float().mean().item(), len(x))))
+        alive = []  # share in every batch, times its windows
+        hook = idm.network.conv.register_forward_hook(lambda module, inputs, x: alive.append((x > 0).float().mean().item() * len(x)))
         fdm_loss, copy_loss, z, codes = 0, 0, [], []
         for t in np.array_split(eval_t["test"], max(1, len(eval_t["test"]) // args.batch_size)):
             windows = get_windows(test_frames, t, device)
@@ -758,7 +758,7 @@ if __name__ == "__main__":
             z.append(latent)
             codes.append(code)
         hook.remove()
-        out = {"test/fdm_loss": fdm_loss, "test/copy_last_frame_loss": copy_loss, "test/idm_active_share": float(np.average(*zip(*alive)))}
+        out = {"test/fdm_loss": fdm_loss, "test/copy_last_frame_loss": copy_loss, "test/idm_active_share": sum(alive) / len(eval_t["test"])}
         z, codes = {"test": torch.cat(z).cpu().numpy()}, {"test": torch.cat(codes).cpu().numpy() if args.vq else None}
         if len(labels) == 2:  # what the probe is fitted on
             z["train"], codes["train"] = encode("train", *networks[:2])

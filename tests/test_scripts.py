@@ -124,6 +124,15 @@ def test_our_decoders(pipeline, tmp_path, monkeypatch, flags, trained, decoder_i
         assert torch.equal(ours[name], cloned[name]) != name.startswith(tuple(f"policy.{part}" for part in trained) or "-"), name
 
 
+def test_finetuning_on_labels_takes_its_epochs(pipeline, tmp_path, monkeypatch):
+    """--finetune-epochs: so many passes over n labels in batches of --bc-batch-size, where that is more than --finetune-updates."""
+    cwd, steps, step = link_tree(pipeline.cwd, tmp_path / "work"), [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args, **kwargs: steps.append(1) or step(self, *args, **kwargs))
+    flags = "--exp-name ours --no-bc --decoder-updates 20 --finetune all --finetune-updates 10 --finetune-epochs 4 --bc-batch-size 8"
+    inline(monkeypatch, cwd, "lapo_decode", *TOY["lapo_decode"], *flags.split())
+    assert len(steps) == 2 * (20 + 10 + 20 + 4 * 32 // 8)  # two draws; decoder and policy on 16 labels, on 32
+
+
 @pytest.mark.parametrize("name", ["lapo_finetune_ppo", "lapo_finetune_ppo_no_sl"])
 def test_finetuning_trains_only_what_it_should(pipeline, name):
     """Convolutions, the frozen Linear and the latent head stay the cloned policy's bit for bit; the other Linear and both heads move."""
