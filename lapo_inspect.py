@@ -814,7 +814,7 @@ if __name__ == "__main__":
     by_start = grid.swapaxes(0, 1).reshape(-1, len(sizes), T + 1, 64, 64, 3)
     film = []
     for step in range(T + 1):
-        beside = [f"start {s + 1}\n{kind}\nstep {step}" for s in range(len(starts)) for kind in kinds]
+        beside = [f"start {s + 1}\n{kind}\nstep {step:0{len(str(T))}}" for s in range(len(starts)) for kind in kinds]
         film.append(contact_sheet(by_start[:, :, step], beside, above, 2, len(kinds)).quantize(128, dither=Image.Dither.NONE))
     gif, strip = io.BytesIO(), io.BytesIO()
     film[0].save(gif, "gif", save_all=True, append_images=film[1:], duration=[1000] + [200] * (T - 1) + [1500], loop=0)

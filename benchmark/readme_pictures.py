@@ -23,7 +23,7 @@ class Args:
     """where the runs lie"""
     out: str = str(ROOT / "docs")
     """where the pictures go"""
-    film_frames: int = 100
+    film_frames: int = 75
     """the agent's film is cut after so many frames (15 a second)"""
 
 

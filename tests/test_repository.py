@@ -105,3 +105,11 @@ def test_every_flag_is_explained():
             if isinstance(field, ast.AnnAssign):
                 explained = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
                 assert explained and len(following.value.value) > 5, (path.name, field.target.id)
+
+
+def test_pictures_are_small():
+    """README's pictures stay under 5 MB together, so that cloning stays quick; README shows each of docs/."""
+    pictures = [path for folder in ("docs", "benchmark/results") for path in (ROOT / folder).iterdir() if path.suffix in (".png", ".gif")]
+    assert 0 < sum(path.stat().st_size for path in pictures) < 5e6
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"](docs/{path.name})" in readme for path in (ROOT / "docs").iterdir())
