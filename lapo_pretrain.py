@@ -603,14 +603,14 @@ def plot_latents(xy, share, group, actions):
     lo, hi = np.percentile(xy, [0.2, 99.8], axis=0)
     margin = 0.03 * (hi - lo) + 1e-6
     if actions is None:
-        axes[0].scatter(*xy.T, s=14, c="#999999", alpha=0.6, linewidths=0, label="no labels on disk (actions.npy)")
+        axes[0].scatter(*xy.T, s=24, c="#999999", alpha=0.6, linewidths=0, label="no labels on disk (actions.npy)")
     else:
         move = np.where(actions < 9, actions, 4)  # buttons do not move
         for m in np.argsort(-np.bincount(move, minlength=9)):  # rare ones on top
             color, marker = ("#D55E00", "#999999", "#0072B2")[m // 3], "vo^"[m % 3]
             if (move == m).any():
                 label = f"{ACTIONS[m]}{' or a button' if m == 4 and (actions > 8).any() else ''} ({(move == m).mean():.1%})"
-                axes[0].scatter(*xy[move == m].T, s=14, c=color, marker=marker, alpha=0.6, linewidths=0, label=label)
+                axes[0].scatter(*xy[move == m].T, s=24, c=color, marker=marker, alpha=0.6, linewidths=0, label=label)
     for g in range(group.max() + 1):
         style = {"c": COLORS[g % len(COLORS)], "marker": MARKERS[g % len(MARKERS)]}
         axes[1].scatter(*xy[group == g].T, s=14, alpha=0.6, linewidths=0, label=f"code {g} ({(group == g).mean():.0%})", **style)

@@ -162,7 +162,7 @@ def test_pictures(report):
     assert gif.n_frames == STEPS + 1
     columns = STARTS * 4  # steps 0, 1, 2, 4
     for image, across, pairs, side in ((gif, CODES, STARTS, 2 * 64 + 4), (strip, columns, CODES, 64 + 4)):
-        assert 30 < image.width - across * side < 100 and 20 < image.height - 2 * pairs * side - 10 * (pairs - 1) < 70
+        assert 30 < image.width - across * side < 130 and 20 < image.height - 2 * pairs * side - 10 * (pairs - 1) < 70
     left, top = strip.width - columns * 68, strip.height - 2 * CODES * 68 - 10 * (CODES - 1)
     pixels = np.asarray(strip)
     assert (pixels[top : top + 64, left : left + 64] == report.kinds["dream"][0, 0, 0]).all()
@@ -298,21 +298,24 @@ def test_arrows_point_where_the_action_goes(action, dx, dy):
 
 
 def test_films_show_the_actions(tmp_path):
-    """An agent's film carries each playing game's action in its own corner, and none where the game has given its episodes."""
+    """An agent's film carries each playing game's action in its own corner; a game that has given its episodes is dark and shows its return."""
     env = collect.make_env(ENV_ID, 2, 16, 0, seed=1)
     actions, film = [7, 0], tmp_path / "film.gif"
     collect.evaluate(lambda obs: np.array(actions[: len(obs)], dtype=np.int32), env, 2, film)
     env.close()
     gif = Image.open(film)
-    assert gif.size == (384, 192)
+    assert gif.size == (2 * 196, 192)
     first = np.asarray(gif.convert("RGB")).astype(int)
     plain = np.full((192, 192, 3), 99, dtype=np.uint8)
     for game, action in enumerate(actions):
         mark = collect.draw_action(plain, action)
         ink = (mark != 99).all(-1)
-        assert np.abs(first[:, 192 * game : 192 * (game + 1)][ink] - mark[ink]).mean() < 20  # GIFs have few colours
+        assert np.abs(first[:, 196 * game + 2 : 196 * game + 194][ink] - mark[ink]).mean() < 20  # GIFs have few colours
     gif.seek(gif.n_frames - 1)
-    corners = [np.asarray(gif.convert("RGB"))[6:39, x + 6 : x + 39].min(-1) > 240 for x in (0, 192)]  # white discs
+    last = np.asarray(gif.convert("RGB")).astype(int)
+    corners = [last[6:39, x + 6 : x + 39].min(-1) > 240 for x in (2, 198)]  # white discs
+    assert sorted(last[150:, x : x + 192].mean() < 0.6 * first[150:, x : x + 192].mean() for x in (2, 198)) == [False, True]
+    assert sorted((last[80:112, x + 70 : x + 122].min(-1) > 240).sum() > 30 for x in (2, 198)) == [False, True]  # white digits
     assert sorted(corner.mean() > 0.4 for corner in corners) == [False, True]  # one game is still playing
 
 
