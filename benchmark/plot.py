@@ -8,7 +8,7 @@ interquartile means over all of their runs where there are at least eight of the
 
 import csv
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -369,6 +369,8 @@ if __name__ == "__main__":
     plot_offline(scores, ours, folder / f"{prefix}offline.png")
     plot_bars(scores, ours, folder / f"{prefix}bars.png")
     plot_latents(points, folder / f"{prefix}latents.png")
-    (folder / f"{prefix}tables.md").write_text(tables(scores, ours, space))
-    (folder / f"{prefix}summary.md").write_text(summary(scores, ours))
+    ran_on = Counter(f"{row['device']} ({row['device_name']}), threads: {row['threads']:.0f}" for row in rows)
+    ran_on = "Rows of runs.csv by device: " + "; ".join(f"{device}: {count}" for device, count in ran_on.items()) + "\n\n"
+    (folder / f"{prefix}tables.md").write_text(ran_on + tables(scores, ours, space))
+    (folder / f"{prefix}summary.md").write_text(ran_on + summary(scores, ours))
     print(f"wrote {folder}/{prefix}{{online,offline,bars,latents}}.png, {prefix}tables.md and {prefix}summary.md")
