@@ -274,16 +274,17 @@ def plot_latents(points, path):
     for ax, env_id in zip(axes[0], games):
         mine = [p for p in points if p["env_id"] == env_id]
         xy, action = np.array([[p["x"], p["y"]] for p in mine]), np.array([p["action"] for p in mine]).astype(int)
-        for i, (horizontal, color) in enumerate((("left", "#D55E00"), ("stay", "#999999"), ("right", "#0072B2"))):
+        for i, (horizontal, color) in enumerate((("left", "#D55E00"), ("", "#999999"), ("right", "#0072B2"))):
             for j, (vertical, marker) in enumerate((("down", "v"), ("", "o"), ("up", "^"))):
                 # Procgen's actions 0-8 are 3 * (x + 1) + (y + 1); 9-14 are buttons without a move
                 here = np.where(action < 9, action, 4) == 3 * i + j
                 if here.any():
-                    ax.scatter(*xy[here].T, s=11, c=color, marker=marker, alpha=0.65, linewidths=0, label=f"{horizontal} {vertical}".strip())
+                    name = f"{horizontal} {vertical}".strip() or "stay or a button"
+                    ax.scatter(*xy[here].T, s=18, c=color, marker=marker, alpha=0.65, linewidths=0, label=name)
         share = [float(s) for s in str(mine[0]["explained"]).split()]
         ax.set(title=env_id, xlabel=f"1st principal component ({share[0]:.0%} of variance)", ylabel=f"2nd principal component ({share[1]:.0%})")
-        ax.legend(fontsize=7, ncol=3)
-    caption(fig, "Latent actions of test frames by the true action, which nobody told the model. Look for places of one colour.")
+        ax.legend(fontsize=8, ncol=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    caption(fig, "Continuous latents of test frames (seed 1) by the true action, which nobody told the model. Look for places of one colour.")
     fig.savefig(path, dpi=110, bbox_inches="tight")
 
 
