@@ -5,10 +5,14 @@ PYTHON3 ?= python3
 BIN := $(if $(VIRTUAL_ENV)$(CONDA_PREFIX),,.venv/bin/)
 STAMP := $(if $(BIN),.venv/.installed,.installed)
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart pictures test lint format clean
 
 quickstart: $(STAMP)  ## the whole of LAPO, small, on two CPU cores (about 15 minutes)
 	PYTHON=$(BIN)python ./quickstart.sh $(ENV_ID)
+
+pictures: $(STAMP)  ## the README's pictures, from a finished quickstart
+	$(BIN)python lapo_inspect.py --env-id $(ENV_ID) --runs-dir runs/quickstart --data-dir runs/quickstart/data/$(ENV_ID) --num-starts 1 --overwrite
+	$(BIN)python benchmark/readme_pictures.py --env-id $(ENV_ID)
 
 test: $(STAMP)
 	$(BIN)python -m pytest tests -q

@@ -307,11 +307,19 @@ def draw_action(picture, action):
     return np.asarray(image)
 
 
+def draw_return(picture, value):
+    """A picture (192, 192, 3) uint8 with an episode's return in the middle."""
+    image = Image.fromarray(picture)
+    font = ImageFont.load_default(40)
+    ImageDraw.Draw(image).text((96, 96), f"{value:g}", fill="white", anchor="mm", font=font, stroke_width=3, stroke_fill="black")
+    return np.asarray(image)
+
+
 def evaluate(act, env, num_episodes, gif=None):
     """Returns of num_episodes episodes, (num_episodes,). Each env gives equally many, so that long episodes count as much as short ones."""
     num_envs = env.num
     quota = -(-num_episodes // num_envs)
-    running, returns, film = np.zeros(num_envs), [[] for _ in range(num_envs)], []
+    running, returns, film, shown, over = np.zeros(num_envs), [[] for _ in range(num_envs)], [], {}, {}
     while True:
         playing = np.flatnonzero([len(r) < quota for r in returns])
         if not len(playing):
@@ -320,8 +328,12 @@ def evaluate(act, env, num_episodes, gif=None):
         action = np.zeros(num_envs, dtype=np.int32)
         action[playing] = act(obs[playing])  # envs that have given their share idle along, at no cost to the network
         if gif and len(film) < 600:
-            pictures = obs[:4].repeat(3, axis=1).repeat(3, axis=2)  # (4, 192, 192, 3)
-            film.append(np.concatenate([draw_action(p, action[e]) if e in playing else p for e, p in enumerate(pictures)], axis=1))
+            for e, picture in enumerate(obs[:4].repeat(3, axis=1).repeat(3, axis=2)):  # (192, 192, 3)
+                if e in playing:
+                    shown[e] = draw_action(picture, action[e])
+                elif e not in over:
+                    shown[e], over[e] = draw_return(shown[e] // 2, returns[e][-1]), True
+            film.append(np.concatenate([np.pad(shown[e], ((0, 0), (2, 2), (0, 0)), constant_values=255) for e in shown], axis=1))
         env.act(action)
         reward, _, first = env.observe()
         running += reward

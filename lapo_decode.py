@@ -129,6 +129,8 @@ class Args:
     """ours: then train the policy through the decoder on the labels: its last two layers (head), or all of them"""
     finetune_updates: int = 200
     """gradient steps of that"""
+    finetune_epochs: int = 0
+    """at least so many passes over the labels, if that takes more steps than finetune_updates"""
     finetune_learning_rate: float = 1e-4
     """Adam's learning rate for that, linearly to 0"""
     pseudo_labels: bool = False
@@ -150,7 +152,7 @@ class Args:
     bc_learning_rate: float = 5e-4
     """Adam's learning rate for behaviour cloning from scratch, linearly to 0"""
     bc_batch_size: int = 128
-    """the largest batch of behaviour cloning from scratch; the decoder's is 512"""
+    """the largest batch of behaviour cloning from scratch, and of fine-tuning on the labels; the decoder's is 512"""
     label_smoothing: float = 0.05
     """label smoothing of both"""
     weight_decay: float = 1e-2
@@ -601,11 +603,19 @@ def draw_action(picture, action):
     return np.asarray(image)
 
 
+def draw_return(picture, value):
+    """A picture (192, 192, 3) uint8 with an episode's return in the middle."""
+    image = Image.fromarray(picture)
+    font = ImageFont.load_default(40)
+    ImageDraw.Draw(image).text((96, 96), f"{value:g}", fill="white", anchor="mm", font=font, stroke_width=3, stroke_fill="black")
+    return np.asarray(image)
+
+
 def evaluate(act, env, num_episodes, gif=None):
     """Returns of num_episodes episodes, (num_episodes,). Each env gives equally many, so that long episodes count as much as short ones."""
     num_envs = env.num
     quota = -(-num_episodes // num_envs)
-    running, returns, film = np.zeros(num_envs), [[] for _ in range(num_envs)], []
+    running, returns, film, shown, over = np.zeros(num_envs), [[] for _ in range(num_envs)], [], {}, {}
     while True:
         playing = np.flatnonzero([len(r) < quota for r in returns])
         if not len(playing):
@@ -614,8 +624,12 @@ def evaluate(act, env, num_episodes, gif=None):
         action = np.zeros(num_envs, dtype=np.int32)
         action[playing] = act(obs[playing])  # envs that have given their share idle along, at no cost to the network
         if gif and len(film) < 600:
-            pictures = obs[:4].repeat(3, axis=1).repeat(3, axis=2)  # (4, 192, 192, 3)
-            film.append(np.concatenate([draw_action(p, action[e]) if e in playing else p for e, p in enumerate(pictures)], axis=1))
+            for e, picture in enumerate(obs[:4].repeat(3, axis=1).repeat(3, axis=2)):  # (192, 192, 3)
+                if e in playing:
+                    shown[e] = draw_action(picture, action[e])
+                elif e not in over:
+                    shown[e], over[e] = draw_return(shown[e] // 2, returns[e][-1]), True
+            film.append(np.concatenate([np.pad(shown[e], ((0, 0), (2, 2), (0, 0)), constant_values=255) for e in shown], axis=1))
         env.act(action)
         reward, _, first = env.observe()
         running += reward
@@ -835,7 +849,8 @@ if __name__ == "__main__":
                 decoded.policy = copy.deepcopy(policy)
                 for part in [decoded.policy] if args.finetune == "all" else [decoded.policy.network.fc, decoded.policy.head]:
                     part.requires_grad_(True)
-                fit(decoded, obs[:n], actions[:n], args.finetune_updates, args.finetune_learning_rate, args.bc_batch_size, args, autocast)
+                updates = max(args.finetune_updates, -(-args.finetune_epochs * n // args.bc_batch_size))
+                fit(decoded, obs[:n], actions[:n], updates, args.finetune_learning_rate, args.bc_batch_size, args, autocast)
             film = run_dir / "lapo_decoder.gif" if args.capture_video and (n, draw) == (args.table_labels, 0) else None
             returns = play(lapo_logits, episodes_per_draw, draw, film)
             if (n, draw) == (args.table_labels, 0):

@@ -7,7 +7,7 @@
     latents.png         latents of test frames in 2-D, by true action and by code
     codes.png           code x action table: which true actions does a code go with?
     codebooks.png       how evenly the codebooks' entries are used
-    rollouts.gif, .png  every code held in the forward dynamics model, beside the real game under the action that the code goes with
+    rollouts.gif, .png  every code held in the forward dynamics model, beside the real game under the action of its highest lift
     error.png           prediction error against the length of a rollout
 
 A code of the VQ is a tuple of N x H indices, one per codebook and slot, and there are K^(N H) of them: with the paper's settings almost every
@@ -63,9 +63,10 @@ ACTIONS = ["left down", "left", "left up", "down", "stay", "up", "right down", "
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333", "#F0E442"]  # Okabe and Ito
 MARKERS = "osD^vP*X<>"  # of another length than COLORS: 40 different pairs
 FEW = 20  # windows added to both sides of a lift
+MARGIN = 0.02  # between probes' accuracies that count as different
 METRICS = {
     "linear_probe": "linear probe, balanced accuracy", "mlp_probe": "MLP probe, balanced accuracy",
-    "nmi": "mutual information of action and a slot's code (normalised), mean over slots", "nmi_best_slot": "the same, best slot",
+    "nmi": "mutual information of action and a slot's index (normalised), mean over slots", "nmi_best_slot": "the same, best slot",
     "cluster_purity": "purity of 15 k-means clusters",
 }  # fmt: skip
 STYLE = """
@@ -77,36 +78,40 @@ table { border-collapse: collapse; margin: 1em 0 } td, th { border-bottom: 1px s
 CAPTIONS = {
     "latents": """1. The latent space
 The {what} of {windows:,} test windows, as the forward dynamics model is given them, on their two principal components (axes are cut at the
-outermost 0.2% of the points on each side). Look for true actions in places of their own (left; colour: left, right or neither, marker: down, up or
-neither): then the latent tells what was done. If every colour is everywhere, these two directions tell other things, such as the camera's
-motion; other directions may still tell the action (section 4). Right: the same points by code, that is by k-means group; the boxed numbers
-stand at the groups' medians.""",
+outermost 0.2% of the points on each side). Look for true actions in places of their own (left; colour: left, right or neither, marker: down, up
+or neither): then the latent tells what was done. If every colour is everywhere, these two directions tell other things, such as the camera's
+motion; other directions may still tell the action (section 4). Right: the same points by code, that is by k-means group, the key to the pictures
+below; boxed numbers stand at the groups' medians. Groups are apart because k-means makes them so: only the left picture is evidence.""",
     "codes": """2. Codes and true actions
-Rows: codes, that is {groups} groups of latents by k-means ({found}). Columns: true actions. Numbers: test windows. Orange: more than the action's
-share of all windows, violet: less; framed: the action with the highest lift, taken as the code's match in section 5 ({few} windows are
-added to both counts of a lift, so that rare actions do not win by luck). Look for one strong orange cell in a row; a pale row is a code that does not
-tell the action. Buttons do nothing in many games, and several actions can have the same effect: a code may spread over those.""",
+Rows: codes, that is {groups} groups of latents by k-means ({found}). Columns: true actions. Numbers: test windows. Lift: how many times more
+windows than if code and action had nothing to do with each other, with {few} added to both numbers so that rare actions do not win by luck;
+orange: above 1, violet: below. Framed: the action with the highest lift, taken as the code's match in section 5; it need not be the code's most
+frequent one. Look for one strong orange cell in a row; a pale row is a code that does not tell the action. In many games buttons do nothing, and
+a code matched to one means "no move" there; actions with the same effect share their codes.""",
     "codebooks": """3. Use of the codebooks
 How often each of the K = {num_codes} entries of each codebook is used in {windows:,} test windows × {slots} slots, most used first. Perplexity is
 exp(entropy): {num_codes} if all are used alike, 1 if the codebook has collapsed to one entry. Look for many used entries; even use is not needed.
 A joint code is the tuple of all slots: {found}.""",
     "latent_space": """4. What latents tell of the true action
-Measured by lapo_pretrain.py on {windows:,} test windows; the probes read the continuous latents. Every number lies between 0 and 1; guessing without
-looking gives the probes {chance:.3f}. Controls: the IDM as it was before training (a random network passes on much of what it sees, so this one is
-hard to beat), and the trained latents with their actions shuffled. Look for "trained" above both controls. {verdict}""",
+Measured by lapo_pretrain.py on {windows:,} test windows; the probes read the continuous latents. Every number lies between 0 and 1; guessing
+without looking gives the probes {chance:.3f}. Controls: the IDM as it was before training (a random network passes on much of what it sees, so
+this one is hard to beat), and the trained latents with their actions shuffled. Look for "trained" clearly above both controls; less than {margin}
+apart counts as equal, as rare actions make these numbers noisy. {verdict}""",
     "rollouts": """5. Codes held in the forward dynamics model
-Start: {steps} random actions into a game on the dataset's levels; of {candidates} such games the {starts} in which the nine moves, each held, lead
-furthest apart in the real game. From there the forward dynamics model is given one code's latent at every step, and its own predictions as frames
-("dream"; film at a third of the game's speed, below it the same as a strip). {game} Look for codes that differ from each other: dreams that
-are the same in every column ignore the code. Where the game has inertia, a code may stand for a motion (falling, say) rather than for the action
-taken now. Pictures blur with time, as each step adds errors to the frames that the next one sees.""",
+Start: {steps} random actions{drawn} into a game on the dataset's levels; of {candidates} such games the {starts} in which the nine moves, each
+held, lead furthest apart in the real game. From the last two frames on, the forward dynamics model is given one code's latent at every step, and
+its own predictions as frames ("dream"). Film: a column a code, at a third of the game's speed. Strip below it: the same, codes under each other,
+steps from left to right. {game} Look for codes that differ from each other: dreams that are the same for every code ignore it. Where the game has
+inertia, a code may stand for a motion (falling, say) rather than for the action taken now. Pictures blur with time, as each step adds errors to
+the frames that the next one sees.""",
     "error": """6. How prediction error grows
-The forward dynamics model starts from two true frames and goes on from its own predictions, given at every step the latent that the IDM reads from
-the true frames. Lines: mean over {stretches} stretches of test frames that do not overlap, each within an episode. Bands: 95% confidence interval of
-that mean. After 1 step the error is {fdm[0]:.2e} (copying {copy[0]:.2e}), after {steps} {fdm[1]:.2e} (copying {copy[1]:.2e}). Look for a
-line far below copying, and far below another stretch's latents: that gap is what the latents are worth.""",
+The forward dynamics model starts from two true frames and goes on from its own predictions, given at every step the latent that the IDM reads
+from the true frames. Lines: mean over {stretches} stretches of test frames, drawn at random, that do not overlap, each within an episode. Bands:
+95% confidence interval of that mean. After 1 step the error is {fdm[0]:.2e} (copying {copy[0]:.2e}), after {steps} {fdm[1]:.2e} (copying
+{copy[1]:.2e}). Look for a line far below copying, and far below another stretch's latents: that gap is what the latents are worth.""",
     "agent": """The agent plays: {run}
-{path}: the first games of its evaluation. In their corners the action taken: an arrow, a dot for none, a button's letter.""",
+{path}: up to four games of its evaluation side by side. In their corners the action taken: an arrow, a dot for none, a button's letter; darkened:
+over, with its return. Look for moves that make sense where the hero stands.""",
 }
 
 
@@ -529,14 +534,14 @@ def plot_latents(xy, share, group, actions):
     lo, hi = np.percentile(xy, [0.2, 99.8], axis=0)
     margin = 0.03 * (hi - lo) + 1e-6
     if actions is None:
-        axes[0].scatter(*xy.T, s=14, c="#999999", alpha=0.6, linewidths=0, label="no labels on disk (actions.npy)")
+        axes[0].scatter(*xy.T, s=24, c="#999999", alpha=0.6, linewidths=0, label="no labels on disk (actions.npy)")
     else:
         move = np.where(actions < 9, actions, 4)  # buttons do not move
         for m in np.argsort(-np.bincount(move, minlength=9)):  # rare ones on top
             color, marker = ("#D55E00", "#999999", "#0072B2")[m // 3], "vo^"[m % 3]
             if (move == m).any():
                 label = f"{ACTIONS[m]}{' or a button' if m == 4 and (actions > 8).any() else ''} ({(move == m).mean():.1%})"
-                axes[0].scatter(*xy[move == m].T, s=14, c=color, marker=marker, alpha=0.6, linewidths=0, label=label)
+                axes[0].scatter(*xy[move == m].T, s=24, c=color, marker=marker, alpha=0.6, linewidths=0, label=label)
     for g in range(group.max() + 1):
         style = {"c": COLORS[g % len(COLORS)], "marker": MARKERS[g % len(MARKERS)]}
         axes[1].scatter(*xy[group == g].T, s=14, alpha=0.6, linewidths=0, label=f"code {g} ({(group == g).mean():.0%})", **style)
@@ -565,7 +570,7 @@ def plot_table(table, lifts, matched, names):
     ax.set(xlabel="true action", ylabel="code (share of windows)", title="Test windows by code and true action")
     bar = fig.colorbar(image, ax=ax, extend="both", ticks=[1 / 4, 1 / 2, 1, 2, 4], format=lambda x, _: f"{x:g}×", pad=0.01)
     bar.ax.minorticks_off()
-    bar.set_label("lift: share in this row\n/ share in all windows")
+    bar.set_label(f"lift: (windows + {FEW})\n/ (windows by chance + {FEW})")
     return fig
 
 
@@ -716,7 +721,7 @@ if __name__ == "__main__":
     chosen = np.where(group[:, None] == np.arange(len(sizes)), distance, np.inf).argmin(0)  # (K,): each group's window nearest to its centre
     actions = None if labels is None else labels[t]
     padded = np.pad(latents, ((0, 0), (0, 1)))  # a column of zeros: the latent may have one dimension only
-    pca = PCA(2).fit(padded)
+    pca = PCA(2, random_state=args.seed).fit(padded)
     picture = plot_latents(pca.transform(padded), np.nan_to_num(pca.explained_variance_ratio_), group, actions)
     what = "quantised latent actions" if vq else "continuous latent actions (trained with --no-vq)"
     show("latents", {"latents.png": picture}, what=what, windows=len(t))
@@ -766,10 +771,10 @@ if __name__ == "__main__":
         columns = ("trained", "untrained_idm", "shuffled_actions")
         measured = [m for m in METRICS if all(m in space[c] for c in columns)]  # without VQ there is no mutual information with codes
         rows = [[METRICS[m], *(f"{space[c][m]:.3f}" for c in columns)] for m in measured]
-        below = [METRICS[m] for m in measured if space["trained"][m] <= max(space[c][m] for c in columns[1:])]
-        verdict = f"Here it is not for: {'; '.join(below)}." if below else "Here it is, in every row."
+        below = [METRICS[m] for m in measured if space["trained"][m] < max(space[c][m] for c in columns[1:]) + MARGIN]
+        verdict = f"Here it is not in: {'; '.join(below)}." if below else "Here it is, in every row."
         numbers = to_table(["", "trained", "untrained IDM", "actions shuffled"], rows)
-        show("latent_space", {}, numbers, windows=space["windows"], chance=space["chance"], verdict=verdict)
+        show("latent_space", {}, numbers, windows=space["windows"], chance=space["chance"], margin=MARGIN, verdict=verdict)
     else:
         missing.append(f"the probes' numbers and their controls: {why}")
 
@@ -814,32 +819,34 @@ if __name__ == "__main__":
     by_start = grid.swapaxes(0, 1).reshape(-1, len(sizes), T + 1, 64, 64, 3)
     film = []
     for step in range(T + 1):
-        beside = [f"start {s + 1}\n{kind}\nstep {step}" for s in range(len(starts)) for kind in kinds]
+        beside = [f"start {s + 1}\n{kind}\nstep {step:0{len(str(T))}}" for s in range(len(starts)) for kind in kinds]
         film.append(contact_sheet(by_start[:, :, step], beside, above, 2, len(kinds)).quantize(128, dither=Image.Dither.NONE))
     gif, strip = io.BytesIO(), io.BytesIO()
     film[0].save(gif, "gif", save_all=True, append_images=film[1:], duration=[1000] + [200] * (T - 1) + [1500], loop=0)
     shown = sorted({0, T, *(2**i for i in range(T.bit_length()) if 2**i < T)})  # steps 0, 1, 2, 4, ...
     by_code = grid[:, :, :, shown].transpose(2, 0, 1, 3, 4, 5, 6).reshape(-1, len(starts) * len(shown), 64, 64, 3)
-    beside = [f"code {g}\n{called[g] if kind == 'game' else kind}" for g in range(len(sizes)) for kind in kinds]
+    beside = [f"code {g}\n{kind}" + f": {called[g]}" * (kind == "game") for g in range(len(sizes)) for kind in kinds]
     above = [f"start {s + 1}\nstep {step}" for s in range(len(starts)) for step in shown]
     contact_sheet(by_code, beside, above, 1, len(kinds)).save(strip, "png")
     game = "The real game is not beside it: without labels no code has a matched action."
     if labels is not None:
         game = (
-            "Below each dream: the real game from the same state with the code's matched action held, named above with its lift (a question mark: no "
-            "more than chance); darkened once its episode is over. Look for dreams that move as the game below them does."
+            "Below each dream: the real game from the same state with the code's matched action held, named beside or above it (a question mark: a "
+            "lift no higher than by chance); darkened once its episode is over. Look for dreams that move as the game below them does."
         )
     pictures = {"rollouts.gif": gif.getvalue(), "rollouts.png": strip.getvalue()}
-    show("rollouts", pictures, starts=len(starts), candidates=len(candidates), steps=steps, game=game)
+    drawn = "" if labels is None else " (as often as the demonstrator takes them)"
+    show("rollouts", pictures, starts=len(starts), candidates=len(candidates), steps=steps, drawn=drawn, game=game)
 
     # 6. prediction error against the rollout's length, from stretches t-1 ... t+T within one episode
     valid = np.zeros(len(frames) + T, dtype=bool)
     valid[test_t] = True
-    apart = []  # stretches that do not overlap
-    for start in test_t[np.all([valid[test_t + k] for k in range(T)], axis=0)]:
-        if not apart or start >= apart[-1] + T + 2:
+    apart, free = [], np.ones(len(frames) + T, dtype=bool)  # stretches that do not overlap, in random order
+    for start in rng.permutation(test_t[np.all([valid[test_t + k] for k in range(T)], axis=0)]):
+        if free[start - 1 : start + T + 1].all() and len(apart) < args.rollout_windows:
             apart.append(start)
-    apart = rng.permutation(np.array(apart, dtype=np.int64))[: args.rollout_windows]
+            free[start - 1 : start + T + 1] = False
+    apart = np.array(apart, dtype=np.int64)
     curves = {}
     if len(apart) > 1:
         each = apart[:, None] + np.arange(T)  # t of every step, (W, T)

@@ -88,7 +88,8 @@ key.</figcaption></figure>
 <div id="drift"><h2>How far apart they are</h2>
 <canvas id="plot" role="img" aria-label="mean squared difference between dream and real game, over the frames since the start"></canvas>
 <p><span class="dream">&#9632; dream</span> against the real game, mean squared difference of pixels in 0 &#8230; 1;
-<span class="still">&#9632; the first frame, standing still</span>, against the same. Above grey, the dream tells less than no model at all.</p>
+<span class="still">&#9633; the first frame, standing still (dashed)</span>, against the same. Above the dashed line, the dream tells less than no
+model at all.</p>
 </div>
 <h2>What to look for</h2>
 <ul>
@@ -147,7 +148,7 @@ if (CONFIG.labels) {
 }
 addKeys("both worlds", [[["r", "R", "restart"], ["n", "N", "next level"], [" ", "Space", "wake up"]]]);
 const digits = CONFIG.codes.map(([share, name], i) => [String(i + 1), i + 1, `${share}%${name && " \\u2248 " + name}`]);
-addKeys("groups of latents, most frequent first", [digits]);
+addKeys("groups of latents: share of the windows" + (CONFIG.labels ? ", \u2248 the move that most of them tell of" : ""), [digits]);
 
 const keyOf = e => e.key.length === 1 ? e.key.toLowerCase() : e.key;
 addEventListener("keydown", e => {
@@ -170,8 +171,9 @@ function plot() {
   canvas.height = canvas.clientHeight * devicePixelRatio;
   const x = canvas.width / Math.max(150, errors.length), top = Math.max(0.01, ...errors.flat());
   c.lineWidth = 2 * devicePixelRatio;
-  [["#888", 1], ["#d55e00", 0]].forEach(([color, k]) => {
+  [["#888", 1, [6, 4]], ["#d55e00", 0, []]].forEach(([color, k, dash]) => {
     c.strokeStyle = color;
+    c.setLineDash(dash.map(d => d * devicePixelRatio));
     c.beginPath();
     errors.forEach((e, i) => c.lineTo(i * x, canvas.height * (0.95 - 0.9 * e[k] / top)));
     c.stroke();
@@ -179,7 +181,9 @@ function plot() {
   c.fillStyle = style.color;
   c.font = `${12 * devicePixelRatio}px system-ui, sans-serif`;
   c.textAlign = "right";
-  c.fillText(`top: ${top.toFixed(3)}`, canvas.width - 8 * devicePixelRatio, 16 * devicePixelRatio);
+  c.fillText(`top: ${top.toFixed(3)}, bottom: 0`, canvas.width - 8 * devicePixelRatio, 16 * devicePixelRatio);
+  c.textAlign = "left";
+  for (let i = 50; i * x < canvas.width; i += 50) c.fillText(`| frame ${i}`, i * x, canvas.height - 8 * devicePixelRatio);
 }
 async function run() {
   for (;;) {

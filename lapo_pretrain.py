@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.10,<3.13"
-# dependencies = ["torch==2.13.0", "procgen-mirror==0.10.7", "gym==0.26.2", "numpy<2", "tyro", "tensorboard", "tqdm", "pillow", "scikit-learn>=1.7"]
+# dependencies = [
+#   "torch==2.13.0", "procgen-mirror==0.10.7", "gym==0.26.2", "numpy<2", "tyro", "tensorboard", "tqdm", "pillow", "scikit-learn>=1.7", "matplotlib",
+# ]
 # ///
 """LAPO, stage 2 of 5: learn latent actions from frames alone (paper section 4.1, figure 2).
 
@@ -37,15 +39,17 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.optim as optim
 import tyro
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from procgen.env import ENV_NAMES
 from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.metrics import balanced_accuracy_score, normalized_mutual_info_score
@@ -56,9 +60,16 @@ from sklearn.utils.class_weight import compute_sample_weight
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
 FORMAT_VERSION = 1  # of checkpoints and datasets
 NOT_COMPARED = {"resume", "overwrite", "track", "wandb_project_name", "wandb_entity", "checkpoint_seconds"}  # may change when a run goes on
 LOCKS = []  # open files, locked as long as this process lives
+# Procgen's actions 0-8 are 3 * (right + 1) + (up + 1); 9-14 are buttons
+ACTIONS = ["left down", "left", "left up", "down", "stay", "up", "right down", "right", "right up", *(f"button {b}" for b in "DAWSQE")]
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333", "#F0E442"]  # Okabe and Ito
+MARKERS = "osD^vP*X<>"  # of another length than COLORS: 40 different pairs
 
 
 @dataclass
@@ -130,7 +141,7 @@ class Args:
     """decay of the codebooks' moving averages"""
 
     eval_every: int = 1000
-    """updates between evaluations on test windows (loss, probe, pictures) and checkpoints"""
+    """updates between evaluations on test windows: loss, probe, pictures (left out while they have taken over 2% of the time, but for the last)"""
     eval_windows: int = 2048
     """test windows in an evaluation; the probe is fitted on as many training windows"""
 
@@ -586,6 +597,55 @@ def latent_space_metrics(z, codes, actions):
     return out
 
 
+def plot_latents(xy, share, group, actions):
+    """Latents on their two principal components (n, 2): by true action (colour: horizontal move, marker: vertical move) and by code."""
+    fig, axes = plt.subplots(1, 2, figsize=(13, 6.5), layout="constrained", sharex=True, sharey=True)
+    lo, hi = np.percentile(xy, [0.2, 99.8], axis=0)
+    margin = 0.03 * (hi - lo) + 1e-6
+    if actions is None:
+        axes[0].scatter(*xy.T, s=24, c="#999999", alpha=0.6, linewidths=0, label="no labels on disk (actions.npy)")
+    else:
+        move = np.where(actions < 9, actions, 4)  # buttons do not move
+        for m in np.argsort(-np.bincount(move, minlength=9)):  # rare ones on top
+            color, marker = ("#D55E00", "#999999", "#0072B2")[m // 3], "vo^"[m % 3]
+            if (move == m).any():
+                label = f"{ACTIONS[m]}{' or a button' if m == 4 and (actions > 8).any() else ''} ({(move == m).mean():.1%})"
+                axes[0].scatter(*xy[move == m].T, s=24, c=color, marker=marker, alpha=0.6, linewidths=0, label=label)
+    for g in range(group.max() + 1):
+        style = {"c": COLORS[g % len(COLORS)], "marker": MARKERS[g % len(MARKERS)]}
+        axes[1].scatter(*xy[group == g].T, s=14, alpha=0.6, linewidths=0, label=f"code {g} ({(group == g).mean():.0%})", **style)
+    for g in range(group.max() + 1):
+        box = {"boxstyle": "round,pad=0.2", "fc": "white", "ec": COLORS[g % len(COLORS)], "lw": 2}
+        axes[1].annotate(str(g), np.median(xy[group == g], axis=0), ha="center", va="center", bbox=box)
+    for ax, title in zip(axes, ("by true action", "by code (group of latents)")):
+        ax.set(title=title, xlabel=f"1st principal component ({share[0]:.0%} of the variance)", ylabel=f"2nd principal component ({share[1]:.0%})")
+        ax.set(xlim=(lo[0] - margin[0], hi[0] + margin[0]), ylim=(lo[1] - margin[1], hi[1] + margin[1]))
+        ax.legend(fontsize=9, markerscale=1.5, ncol=4, loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    return fig
+
+
+def contact_sheet(pictures, rows, columns, zoom, together):
+    """Pictures (R, C, 64, 64, 3) uint8 in a grid, so many rows close together, with names on the left and above, as a PIL image."""
+    font, side = ImageFont.load_default(13), 64 * zoom + 4
+    left = 10 + int(max(font.getlength(line) for name in rows for line in name.split("\n")))
+    top = 6 + 17 * max(name.count("\n") + 1 for name in columns)
+    down = [top + side * r + 10 * (r // together) for r in range(len(rows))]
+    sheet = Image.new("RGB", (left + side * len(columns), down[-1] + side), "white")
+    draw = ImageDraw.Draw(sheet)
+    for c, name in enumerate(columns):
+        draw.multiline_text((left + side * (c + 0.5), top - 4), name, fill="black", font=font, anchor="md", align="center")
+    for r, name in enumerate(rows):
+        draw.multiline_text((4, down[r] + side / 2), name, fill="black", font=font, anchor="lm")
+        for c in range(len(columns)):
+            sheet.paste(Image.fromarray(pictures[r, c]).resize((64 * zoom, 64 * zoom), Image.NEAREST), (left + side * c, down[r]))
+    return sheet
+
+
+def to_pixels(x):
+    """Images (..., 3, 64, 64) float in [-0.5, 0.5] -> (..., 64, 64, 3) uint8."""
+    return ((x.clamp(-0.5, 0.5) + 0.5) * 255).round().byte().movedim(-3, -1).cpu().numpy()
+
+
 def provenance(args, device):
     """What a result rests on, for results.json: arguments, command, git commit of this script's folder, device and versions."""
     name = platform.machine()
@@ -610,7 +670,7 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if args.env_id not in ENV_NAMES:
         sys.exit(f"error: --env-id {args.env_id} is not a Procgen game: choose one of {', '.join(ENV_NAMES)}")
-    require(args, num_updates=1, batch_size=1, eval_every=1, eval_windows=1)
+    require(args, num_updates=1, batch_size=1, eval_every=1, eval_windows=2)
     data_dir = Path(args.data_dir or f"data/{args.env_id}")
     run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
     if (run_dir / "results.json").exists() and not args.overwrite:
@@ -621,14 +681,17 @@ if __name__ == "__main__":
     train_frames, train_t = load_frames(data_dir, "train", data_meta)
     test_frames, test_t = load_frames(data_dir, "test", data_meta)
     for split, t in (("train", train_t), ("test", test_t)):
-        if len(t) < args.batch_size:
-            sys.exit(f"error: --batch-size {args.batch_size} exceeds the {len(t)} {split} windows of {data_dir}: lower it or collect more frames")
+        if len(t) < max(2, args.batch_size):
+            found = f"{data_dir} has {len(t)} {split} windows"
+            sys.exit(f"error: {found}, expected at least --batch-size {args.batch_size}, and 2: lower it or collect more frames")
     labels = {}  # for the probe only
     for split in ("train", "test"):
         if (data_dir / split / "actions.npy").exists():
             labels[split] = load_actions(data_dir, split, data_meta)
 
     writer, state = start_run(run_dir, args)
+    for name in ("predictions", "latents", "rollouts"):
+        (run_dir / f"{name}.png").unlink(missing_ok=True)
 
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -644,6 +707,7 @@ if __name__ == "__main__":
     vq = VQ(args.vq_num_codebooks, args.vq_num_slots, args.vq_dim, args.vq_num_codes, args.vq_commitment, args.vq_decay).to(device)
     fdm = FDM(latent_dim, args.fdm_width, args.predict_change).to(device).to(memory_format=torch.channels_last)
     networks = (idm, vq if args.vq else None, fdm)
+    trained = nn.ModuleList([idm, vq, fdm])
     params = [*idm.parameters(), *fdm.parameters()]
     optimizer = optim.Adam(params, lr=args.learning_rate, fused=True)
 
@@ -657,6 +721,11 @@ if __name__ == "__main__":
     # for the pictures: the test windows that change most, where there is something to predict
     change = np.array([np.abs(test_frames[t + 1].astype(np.int16) - test_frames[t]).mean() for t in eval_t["test"]])
     picture_t = eval_t["test"][np.argsort(-change, kind="stable")][:: max(1, len(change) // 48)][:12]  # spread over the upper quarter
+
+    # and for the picture of rollouts eight in a row, none if no episode is that long
+    whole = np.all([np.isin(eval_t["test"] + k, test_t) for k in range(8)], axis=0)
+    rollout_t = eval_t["test"][whole][np.argsort(-change[whole], kind="stable")][:1, None] + np.arange(8)
+    rollout_t = rollout_t.ravel()  # (T,)
 
     split_frames = {"train": train_frames, "test": test_frames}
     true_actions = {split: labels[split][eval_t[split]] for split in labels}  # int8 (n,)
@@ -674,9 +743,12 @@ if __name__ == "__main__":
 
     @torch.no_grad()
     def evaluate():
-        """Losses on test windows beside copying the last frame, the probe where labels exist, a strip of predictions, latents and codes."""
-        for module in (idm, vq, fdm):
-            module.eval()
+        """Losses on test windows beside copying the last frame, how much of the IDM is alive, the probe where labels exist; latents and codes.
+
+        Networks in eval mode.
+        """
+        alive = []  # share in every batch, times its windows
+        hook = idm.network.conv.register_forward_hook(lambda module, inputs, x: alive.append((x > 0).float().mean().item() * len(x)))
         fdm_loss, copy_loss, z, codes = 0, 0, [], []
         for t in np.array_split(eval_t["test"], max(1, len(eval_t["test"]) // args.batch_size)):
             windows = get_windows(test_frames, t, device)
@@ -685,26 +757,66 @@ if __name__ == "__main__":
             copy_loss += F.mse_loss(windows[:, 3:6], windows[:, 6:]).item() * len(t) / len(eval_t["test"])
             z.append(latent)
             codes.append(code)
-        out = {"test/fdm_loss": fdm_loss, "test/copy_last_frame_loss": copy_loss}
+        hook.remove()
+        out = {"test/fdm_loss": fdm_loss, "test/copy_last_frame_loss": copy_loss, "test/idm_active_share": sum(alive) / len(eval_t["test"])}
         z, codes = {"test": torch.cat(z).cpu().numpy()}, {"test": torch.cat(codes).cpu().numpy() if args.vq else None}
         if len(labels) == 2:  # what the probe is fitted on
             z["train"], codes["train"] = encode("train", *networks[:2])
             out["probe/balanced_accuracy"], out["probe/chance"] = linear_probe(z, true_actions), 1 / len(np.unique(true_actions["test"]))
+        return out, z, codes
+
+    @torch.no_grad()
+    def draw(z, codes):
+        """Pictures {name: (H, W, 3) uint8} of test windows: predictions, latents (n, latent_dim) in 2-D, and groups of latents held in the FDM.
+
+        Networks in eval mode. lapo_inspect.py draws the same with more care, and says what to look for.
+        """
         windows = get_windows(test_frames, picture_t, device)
         prediction = predict(*networks, windows, autocast)[0]
         rows = [windows[:, 3:6], windows[:, 6:], prediction, (prediction - windows[:, 6:]).abs() * 2 - 0.5]  # o_t, o_{t+1}, o^_{t+1}, 2 |error|
         rows = [F.pad(row.clamp(-0.5, 0.5), (1, 1, 1, 1), value=0.5) for row in rows]  # a white frame around each
         strip = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)  # (3, 4 * 66, 12 * 66)
-        for module in (idm, vq, fdm):
-            module.train()
-        return out, ((strip + 0.5) * 255).byte().cpu(), z, codes
+        pictures = {"predictions": ((strip + 0.5) * 255).byte().permute(1, 2, 0).cpu().numpy()}
+
+        z = torch.from_numpy(z).to(device)
+        z = vq(z)[0] if args.vq else z  # as the FDM is given them
+        points = np.pad(z.cpu().numpy(), ((0, 0), (0, 1)))  # a column of zeros: the latent may have one dimension only
+        with np.errstate(invalid="ignore"):  # latents that are all the same have no variance to explain
+            pca = PCA(2, random_state=0).fit(points)
+        kmeans = KMeans(min(8, len(np.unique(codes if args.vq else points, axis=0))), n_init=1, random_state=0).fit(points)
+        order = np.argsort(-np.bincount(kmeans.labels_, minlength=kmeans.n_clusters), kind="stable")  # groups, the most frequent one first
+        xy, share = pca.transform(points), np.nan_to_num(pca.explained_variance_ratio_)
+        figure = plot_latents(xy, share, np.argsort(order)[kmeans.labels_], true_actions.get("test"))
+        figure.canvas.draw()
+        pictures["latents"] = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+        plt.close(figure)
+
+        if len(rollout_t):
+            nearest = kmeans.transform(points).argmin(0)[order]  # (K,): for each group the window nearest to its centre
+            held = z[torch.from_numpy(nearest).to(device)]  # (K, latent_dim)
+            windows = get_windows(test_frames, rollout_t, device)  # (T, 9, 64, 64)
+            with autocast:
+                read = idm(windows)
+            read = vq(read)[0] if args.vq else read  # (T, latent_dim): from the true frames
+            past = windows[:1, :6].expand(1 + len(held), -1, -1, -1)
+            shown = []
+            for k in range(len(rollout_t)):
+                with autocast:
+                    now = fdm(past, torch.cat([read[k, None], held]))
+                past = torch.cat([past[:, 3:], now], dim=1)  # goes on from its own predictions
+                if k + 1 in (1, 2, 4, 8):
+                    shown.append(torch.cat([windows[k, None, 6:], now]))  # (2 + K, 3, 64, 64)
+            names = ["true frames", "IDM's latents", *(f"code {g} held" for g in range(len(held)))]
+            sheet = contact_sheet(to_pixels(torch.stack(shown, dim=1)), names, [f"step {k}" for k in (1, 2, 4, 8)], 1, len(names))
+            pictures["rollouts"] = np.asarray(sheet)
+        return pictures
 
     meta = {
         "stage": "lapo_pretrain", "env_id": args.env_id, "num_levels": data_meta["num_levels"], "start_level": data_meta["start_level"],
         "data_dir": str(data_dir), "args": asdict(args),
     }  # fmt: skip
     rng = np.random.default_rng(args.seed)
-    curve, first_update, low_perplexity, checkpointer = [], 0, 0, Checkpointer(args.checkpoint_seconds)
+    curve, first_update, collapsed, picture_seconds, checkpointer = [], 0, 0, 0.0, Checkpointer(args.checkpoint_seconds)
     modules = {"idm": idm, "vq": vq, "fdm": fdm, "optimizer": optimizer}
     if state:
         with refusing_damage(run_dir / "resume.pt"):
@@ -712,6 +824,7 @@ if __name__ == "__main__":
                 module.load_state_dict(state[name])
             set_rng_state(state["rng"], rng)
             curve, first_update = state["meta"]["curve"], state["meta"]["step"]
+            picture_seconds = float(state["meta"].get("picture_seconds", 0.0))
     progress = tqdm(
         range(first_update, args.num_updates), initial=first_update, total=args.num_updates, unit="update", desc="pretrain", mininterval=1
     )
@@ -719,7 +832,7 @@ if __name__ == "__main__":
         optimizer.param_groups[0]["lr"] = args.learning_rate * lr_factor(update)
         t = train_t[rng.integers(len(train_t), size=args.batch_size)]
         windows = get_windows(train_frames, t, device)
-        prediction, vq_loss, z, _, perplexity = predict(*networks, windows, autocast)
+        prediction, vq_loss, z, batch_codes, perplexity = predict(*networks, windows, autocast)
         fdm_loss = F.mse_loss(prediction, windows[:, 6:])
         loss = fdm_loss + vq_loss
         optimizer.zero_grad()
@@ -738,19 +851,30 @@ if __name__ == "__main__":
             writer.add_scalar("losses/grad_norm", grad_norm.item(), step)
             for n, p in enumerate(perplexity.tolist() if args.vq else []):
                 writer.add_scalar(f"codebook/perplexity_{n}", p, step)
-            low_perplexity = low_perplexity + 1 if args.vq and perplexity.min() < 1.5 else 0
-            if low_perplexity == 5:
+            different = len(torch.unique(batch_codes.flatten(1) if args.vq else z.detach().round(decimals=4), dim=0))  # equal to 4 decimals: the same
+            writer.add_scalar("codebook/different_latents", different, step)
+            collapsed = collapsed + 1 if different < min(2, args.batch_size) or args.vq and perplexity.min() < 1.5 else 0
+            if collapsed == 5:
+                found = f"{different} different latents in a batch of {args.batch_size}"
+                found += f", perplexity {perplexity.min():.2f} of a codebook" if args.vq else ""
                 tqdm.write(
-                    f"warning: update {step}: a codebook has collapsed to perplexity {perplexity.min():.2f} (1: a single code), so that its latents "
-                    "say nothing: try a lower --learning-rate, another --seed, --vq-decay 0.99 or --predict-change"
+                    f"warning: update {step}: the latents have collapsed ({found}), so that they say nothing: "
+                    "try a longer --warmup-updates, a lower --learning-rate or another --seed"
                 )
             writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], step)
             writer.add_scalar("charts/SPS", (progress.format_dict["rate"] or 0) * args.batch_size, step)
         if step % args.eval_every == 0 or step == args.num_updates:
-            out, strip, latents, codes = evaluate()
+            trained.eval()
+            out, latents, codes = evaluate()
+            now = time.time()
+            if picture_seconds < 0.02 * (now - start_time) or step == args.num_updates:  # left out while they have taken more of the time
+                pictures = draw(latents["test"], codes["test"])
+                for name, picture in pictures.items():
+                    writer.add_image(f"pictures/{name}", picture, step, dataformats="HWC")
+                picture_seconds += time.time() - now
+            trained.train()
             for name, value in out.items():
                 writer.add_scalar(name, value, step)
-            writer.add_image("predictions/o_t__o_t+1__prediction__error", strip, step)
             curve.append({"update": step, "train/fdm_loss": fdm_loss.item(), **out})
             if args.vq:
                 curve[-1]["perplexity"] = perplexity.tolist()
@@ -758,7 +882,7 @@ if __name__ == "__main__":
             progress.set_postfix(shown)
         if checkpointer.due() or step == args.num_updates:
             states = {name: module.state_dict() for name, module in modules.items()}
-            progress_meta = {"step": step, "curve": curve, "wall_seconds": time.time() - start_time}
+            progress_meta = {"step": step, "curve": curve, "picture_seconds": picture_seconds, "wall_seconds": time.time() - start_time}
             # first this, then resume.pt: a run that goes on from there writes this file again
             weights = {name: states[name] for name in ("idm", "vq", "fdm")}
             save_checkpoint(run_dir / "checkpoint.pt", {**meta, "updates": step}, **weights)
@@ -766,16 +890,18 @@ if __name__ == "__main__":
             save_checkpoint(run_dir / "resume.pt", {**meta, **progress_meta}, rng=get_rng_state(rng), **states)
             checkpointer.saved(run_dir)
     if first_update == args.num_updates:  # interrupted after the last update
-        out, strip, latents, codes = evaluate()
+        trained.eval()
+        out, latents, codes = evaluate()
+        pictures = draw(latents["test"], codes["test"])
 
-    # what a report needs: the strip, and test latents in order of eval_t["test"]
-    Image.fromarray(strip.permute(1, 2, 0).numpy()).save(run_dir / "predictions.png")
+    # what a report needs: the pictures, and test latents in order of eval_t["test"]
+    for name, picture in pictures.items():
+        Image.fromarray(picture).save(run_dir / f"{name}.png")
     np.save(run_dir / "test_latents.npy", latents["test"])
     np.save(run_dir / "test_windows.npy", eval_t["test"])
     if args.capture_video:
         films = []
-        for module in (idm, vq, fdm):
-            module.eval()
+        trained.eval()
         for t in np.array_split(test_t[:256], 8):  # the first env's frames, in order
             with torch.no_grad():
                 windows = get_windows(test_frames, t, device)
@@ -801,7 +927,8 @@ if __name__ == "__main__":
     results = {
         "stage": "lapo_pretrain", "env_id": args.env_id, "seed": args.seed, "updates": args.num_updates, **out, "latent_space": latent_space,
         "codes_used": [len(np.unique(codes["test"][:, n])) for n in range(args.vq_num_codebooks)] if args.vq else None, "curve": curve,
-        "samples_per_second": round(args.num_updates * args.batch_size / wall, 1), "wall_seconds": round(wall, 1), **origin,
+        "samples_per_second": round(args.num_updates * args.batch_size / wall, 1), "wall_seconds": round(wall, 1),
+        "picture_seconds": round(picture_seconds, 1), **origin,
     }  # fmt: skip
     write_aside(run_dir / "results.json", lambda f: f.write(json.dumps(results, indent=2).encode()))
     (run_dir / "resume.pt").unlink(missing_ok=True)

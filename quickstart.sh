@@ -30,7 +30,7 @@ stage() { # script flags...: runs it and notes how long it took
 stage collect_expert_data.py "${COMMON[@]}" --data-dir "$OUT/data/$ENV_ID" --expert-checkpoint "experts/$ENV_ID.pt" \
     --num-train-frames 65536 --num-test-frames 8192
 stage lapo_pretrain.py "${COMMON[@]}" --data-dir "$OUT/data/$ENV_ID" \
-    --num-updates 2000 --batch-size 32 --learning-rate 1e-3 --idm-scale 1 --fdm-width 8 --vq-dim 4 --predict-change \
+    --num-updates 2000 --batch-size 32 --learning-rate 1e-3 --warmup-updates 500 --idm-scale 1 --fdm-width 8 --vq-dim 4 --predict-change \
     --eval-every 250 --eval-windows 2048
 stage lapo_bc.py "${COMMON[@]}" --data-dir "$OUT/data/$ENV_ID" \
     --num-updates 8000 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 --policy-scale 0.5 --eval-every 1000

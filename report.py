@@ -47,17 +47,18 @@ def plot_latents(ax, latents, actions):
     xy, share = x @ vt[:2].T, (s**2 / (s**2).sum())[:2]
     if actions is None:
         ax.scatter(*xy.T, s=6, c="#999999", label="no labels on disk")
-    for i, (horizontal, color) in enumerate((("left", "#D55E00"), ("stay", "#999999"), ("right", "#0072B2"))):
+    for i, (horizontal, color) in enumerate((("left", "#D55E00"), ("", "#999999"), ("right", "#0072B2"))):
         for j, (vertical, marker) in enumerate((("down", "v"), ("", "o"), ("up", "^"))):
             # Procgen's actions 0-8 are 3 * (x + 1) + (y + 1); 9-14 are buttons without a move
             mine = np.zeros(len(xy), bool) if actions is None else np.where(actions < 9, actions, 4) == 3 * i + j
             if mine.any():
-                ax.scatter(*xy[mine].T, s=10, c=color, marker=marker, alpha=0.6, linewidths=0, label=f"{horizontal} {vertical}".strip())
-    ax.set(title="Latent actions of test frames, by true action", xlabel=f"1st principal component ({share[0]:.0%} of variance)")
+                name = f"{horizontal} {vertical}".strip() or "stay or a button"
+                ax.scatter(*xy[mine].T, s=10, c=color, marker=marker, alpha=0.6, linewidths=0, label=name)
+    ax.set(title="Continuous latents of test frames (before the VQ), by true action", xlabel=f"1st principal component ({share[0]:.0%} of variance)")
     ax.set_ylabel(f"2nd principal component ({share[1]:.0%})")
     lo, hi = np.percentile(xy, [0.5, 99.5], axis=0)
     ax.set(xlim=(lo[0], hi[0]), ylim=(lo[1], hi[1]))
-    ax.legend(fontsize=7, markerscale=1.2, ncol=3, loc="upper center", framealpha=0.7)
+    ax.legend(fontsize=8, markerscale=1.2, ncol=5, loc="upper center", bbox_to_anchor=(0.5, -0.12))
 
 
 if __name__ == "__main__":
@@ -79,13 +80,17 @@ if __name__ == "__main__":
     updates = [c["update"] for c in pretrain["curve"]]
     ax.plot(updates, [c["test/fdm_loss"] for c in pretrain["curve"]], "o-", color="#0072B2", label="forward dynamics model, test frames")
     ax.axhline(pretrain["test/copy_last_frame_loss"], color="#333333", ls="--", label="copying the last frame")
-    ax.set(title="1. Pretraining: predicting the next frame", xlabel="updates", ylabel="mean squared error", yscale="log")
+    ax.set(title="1. Pretraining: predicting the next frame", xlabel="updates", yscale="log")
+    ax.set_ylabel("mean squared error per pixel and channel (black 0, white 1)")
     ax.legend(fontsize=9)
 
     ax = fig.add_subplot(grid[0, 2:4])
     if "probe/balanced_accuracy" in pretrain:
         ax.plot(updates, [c["probe/balanced_accuracy"] for c in pretrain["curve"]], "o-", color="#009E73", label="linear probe on the latent")
         ax.axhline(pretrain["probe/chance"], color="#333333", ls="--", label="chance")
+    if pretrain["latent_space"]:  # at the end, by another probe
+        for of, look, name in (("trained", "s", "same, logistic regression"), ("untrained_idm", "D", "the same of the untrained IDM")):
+            ax.plot(updates[-1], pretrain["latent_space"][of]["linear_probe"], look, color="#009E73", mfc="none", ms=9, label=name)
     ax.set(title="Reading the true action (15) from the latent", xlabel="updates", ylabel="balanced accuracy", ylim=(0, None))
     ax.legend(fontsize=9)
 
@@ -93,7 +98,7 @@ if __name__ == "__main__":
     updates, mse = [c["update"] for c in bc["curve"]], [c["test/latent_mse"] for c in bc["curve"]]
     ax.plot(updates, mse, "o-", color="#0072B2", label="latent policy, test frames")
     ax.axhline(bc["test/mean_latent_mse"], color="#333333", ls="--", label="predicting the mean latent")
-    ax.set(title="2. Cloning the latent policy", xlabel="updates", ylabel="mean squared error", ylim=(0, None))
+    ax.set(title="2. Cloning the latent policy", xlabel="updates", ylabel="mean squared error per dimension", ylim=(0, None))
     ax.legend(fontsize=9)
 
     ax = fig.add_subplot(grid[1, :2])
@@ -114,7 +119,12 @@ if __name__ == "__main__":
     for r, style in ((rows[0], ":"), (rows[-1], "--")):
         ax.axhline(r["return_mean"], color=COLORS[r["method"]], ls=style, label=NAMES[r["method"]])
     ax.set_xscale("log", base=2)
-    ax.set(title=f"Return against label counts (mean of {decode['num_draws']} draws)", xlabel="action-labelled frames", ylabel="episodic return")
+    ax.set_xticks([c["n_labels"] for c in points], [f"{c['n_labels']:,}" for c in points])
+    ax.set(
+        title=f"Return against label counts (mean of {decode['num_draws']} draws)",
+        xlabel="action-labelled frames",
+        ylabel="episodic return (mean, standard error over draws)",
+    )
     ax.set_ylim(0, 1.35 * rows[-1]["return_mean"])
     ax.legend(fontsize=9, ncol=2, loc="upper center")
 
@@ -126,8 +136,8 @@ if __name__ == "__main__":
     ax = fig.add_subplot(grid[2, :])
     strip = plt.imread(folders["lapo_pretrain"] / "predictions.png")
     ax.imshow(strip)
-    ax.set(title="What the forward dynamics model makes of a frame and its latent action (test frames)", xticks=[])
-    ax.set_yticks(np.arange(4) * 66 + 33, ["$o_t$", "$o_{t+1}$, true", r"$\hat{o}_{t+1}$, predicted", "|error| x 2"])
+    ax.set(title="What the forward dynamics model makes of two frames and a latent action: 12 test windows in which much changes", xticks=[])
+    ax.set_yticks(np.arange(4) * 66 + 33, ["$o_t$", "$o_{t+1}$, true", r"$\hat{o}_{t+1}$, predicted", "|error| × 2\n(black: none)"])
     for spine in ax.spines.values():
         spine.set_visible(False)
     fig.savefig(runs / "report.png", dpi=80)

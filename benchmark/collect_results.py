@@ -32,7 +32,7 @@ VALUES = {
         "wall_seconds returns"
     ).split(),
     "curves.csv": ["return"],
-    "latent_space.csv": "linear_probe mlp_probe nmi nmi_best_slot cluster_purity chance windows codes_used commit".split(),
+    "latent_space.csv": "linear_probe mlp_probe nmi nmi_best_slot cluster_purity chance windows codes_used idm_active_share commit".split(),
     "latents_2d.csv": ["x", "y", "action", "explained"],
 }
 
@@ -75,7 +75,9 @@ def rows_of(run, results, scale):
         space = results["latent_space"]
         used = " ".join(map(str, results["codes_used"] or []))
         for of in ("trained", "shuffled_actions", "untrained_idm"):
-            more = {"of": of, "run": name, "codes_used": used if of == "trained" else ""}
+            more = {"of": of, "run": name}
+            if of == "trained":
+                more |= {"codes_used": used, "idm_active_share": results.get("test/idm_active_share")}
             rows["latent_space.csv"].append({**common, **{k: space[k] for k in ("chance", "windows")}, **space[of], **more})
         if name == "lapo_pretrain":
             rows["latents_2d.csv"] = latents_2d(run, results, scale_and_game)
@@ -88,7 +90,7 @@ def rows_of(run, results, scale):
 def latents_2d(run, results, scale_and_game, count=600):
     """Two principal components of `count` test latents with their true actions."""
     z, t = np.load(run / "test_latents.npy"), np.load(run / "test_windows.npy")
-    pca = PCA(2).fit(z)
+    pca = PCA(2, random_state=0).fit(z)
     actions = np.load(Path(results["args"]["data_dir"] or f"data/{results['env_id']}") / "test" / "actions.npy", mmap_mode="r")[t]
     explained = " ".join(f"{share:.3f}" for share in pca.explained_variance_ratio_)
     points = zip(pca.transform(z)[:count].round(3).tolist(), actions[:count].tolist())

@@ -29,14 +29,15 @@ if [ -n "${THREADS:-}" ]; then export OMP_NUM_THREADS=$THREADS; fi
 case $SCALE in
 small) # the quickstart's networks and data (README, "What the quickstart changes"), a twenty-fifth of the paper's frames online
     COLLECT=(--expert-checkpoint "experts/$ENV_ID.pt" --num-train-frames 65536 --num-test-frames 8192 --eval-episodes 200)
-    PRETRAIN=(--num-updates 2000 --batch-size 32 --learning-rate 1e-3 --idm-scale 1 --fdm-width 8 --vq-dim 4 --predict-change --eval-every 500)
+    PRETRAIN=(--num-updates 2000 --batch-size 32 --learning-rate 1e-3 --warmup-updates 500 --idm-scale 1 --fdm-width 8 --vq-dim 4 --predict-change --eval-every 500)
     BC=(--num-updates 4000 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 --policy-scale 0.5 --eval-every 1000)
     FINETUNE=(--total-timesteps 163840 --linear-warmup 50000 100000)
     DECODE=(--num-labels 16 32 64 128 256 512 1024 2048 4096 8192 --table-labels 256 --num-draws 3 --eval-episodes 60
         --decoder-updates 200 --bc-updates 200 --bc-epochs 10 --bc-batch-size 64)
+    TUNE=(--finetune all --finetune-epochs 10 --finetune-learning-rate 5e-4) # as cloning from scratch learns
     ;;
 paper)
-    COLLECT=() PRETRAIN=() BC=() FINETUNE=() DECODE=()
+    COLLECT=() PRETRAIN=() BC=() FINETUNE=() DECODE=() TUNE=(--finetune all --finetune-updates 1000 --finetune-learning-rate 5e-4)
     ;;
 *)
     echo "error: SCALE is $SCALE, expected small or paper" >&2
@@ -54,8 +55,16 @@ esac
 run() { # SCRIPT RUN_NAME SEED flags...: skips a finished run
     local script=$1 name=$2 seed=$3
     shift 3
-    if [ -f "$OUT/${ENV_ID}__${name}__$seed/results.json" ]; then return; fi
-    echo "== $PYTHON $script --env-id $ENV_ID --exp-name $name --seed $seed --runs-dir $OUT $*"
+    local results=$OUT/${ENV_ID}__${name}__$seed/results.json
+    local command="$script --env-id $ENV_ID --exp-name $name --seed $seed --runs-dir $OUT $*"
+    if [ -f "$results" ]; then
+        if ! grep -qF "\"command\": \"python $command\"" "$results"; then
+            echo "error: $results was made with other flags than today's, so that seeds would not compare: move its folder away" >&2
+            exit 1
+        fi
+        return
+    fi
+    echo "== $PYTHON $command"
     "$PYTHON" "$script" --env-id "$ENV_ID" --exp-name "$name" --seed "$seed" --runs-dir "$OUT" "$@"
 }
 
@@ -76,7 +85,7 @@ for seed in "$@"; do
     fi
     if [ "$EXPERIMENT" = improved ]; then
         run lapo_decode.py lapo_decode_features "$seed" --data-dir "$DATA" "${DECODE[@]}" --no-bc --decoder-features
-        run lapo_decode.py lapo_decode_features_finetuned "$seed" --data-dir "$DATA" "${DECODE[@]}" --no-bc --decoder-features --finetune all
+        run lapo_decode.py lapo_decode_features_finetuned "$seed" --data-dir "$DATA" "${DECODE[@]}" --no-bc --decoder-features "${TUNE[@]}"
         run lapo_decode.py lapo_decode_pseudo_labels "$seed" --data-dir "$DATA" "${DECODE[@]}" --no-bc --pseudo-labels
     fi
 done

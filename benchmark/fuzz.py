@@ -95,7 +95,7 @@ def make_originals(folder):
     )
     pretrain_meta = {"stage": "lapo_pretrain", **meta, "args": asdict(RUN_ARGS)}
     collect.save_checkpoint(folder / "pretrain.pt", {**pretrain_meta, "updates": 1}, **{k: states[k] for k in ("idm", "vq", "fdm")})
-    progress = {"step": 1, "curve": [{"update": 1, "train/fdm_loss": 0.5}], "wall_seconds": 1.0}
+    progress = {"step": 1, "curve": [{"update": 1, "train/fdm_loss": 0.5}], "picture_seconds": 0.5, "wall_seconds": 1.0}
     collect.save_checkpoint(folder / "run" / "resume.pt", {**pretrain_meta, **progress}, rng=pretrain.get_rng_state(rng), **states)
     collect.save_checkpoint(
         folder / "bc.pt",
@@ -159,7 +159,7 @@ def read_resume(folder):
         for name, module in pretrain_modules().items():
             module.load_state_dict(state[name])
         pretrain.set_rng_state(state["rng"], np.random.default_rng(0))
-        return state["meta"]["curve"], state["meta"]["step"]
+        return state["meta"]["curve"], state["meta"]["step"], float(state["meta"].get("picture_seconds", 0.0))
 
 
 def read_shards(folder):

@@ -55,7 +55,7 @@ FLAGS = {
     "lapo_finetune_ppo_from_scratch": "--from-scratch --bc-checkpoint {lapo_bc}/run/checkpoint.pt " + FINETUNE,
 }
 STAGES = ("collect_expert_data", "lapo_pretrain", "lapo_bc", "lapo_decode", "lapo_finetune_ppo")
-TIMES = {"wall_seconds", "samples_per_second", "frames_per_second"}  # differ from run to run
+TIMES = {"wall_seconds", "picture_seconds", "samples_per_second", "frames_per_second"}  # differ from run to run
 
 
 @dataclass

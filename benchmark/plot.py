@@ -1,6 +1,6 @@
 """The paper's figures and tables, redrawn from the CSV files of collect_results.py, with the paper's own values beside ours.
 
-    python benchmark/plot.py        # benchmark/results/*.csv -> benchmark/results/{online,offline,bars,latents}.png, tables.md
+    python benchmark/plot.py        # benchmark/results/*.csv -> benchmark/results/{online,offline,bars,latents}.png, {tables,summary}.md
 
 Intervals are 95%, by a bootstrap over seeds, draws of the labels and episodes (games stay as they are); means over games are
 interquartile means over all of their runs where there are at least eight of them (Agarwal et al. 2021, rliable's method); in tables.md.
@@ -8,7 +8,7 @@ interquartile means over all of their runs where there are at least eight of the
 
 import csv
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -203,14 +203,15 @@ def plot_offline(scores, ours, path):
         return
     fig, axes = plt.subplots(1, len(games), figsize=(6.4 * len(games), 4.6), squeeze=False, layout="constrained")
     for ax, env_id in zip(axes[0], games):
-        for method in ("lapo_decoder", "bc_from_scratch", *ours):
+        for i, method in enumerate(("lapo_decoder", "bc_from_scratch", *ours)):
             counts = sorted(n for g, m, n in scores.groups if (g, m) == (env_id, method) and n != "")
             if not counts:
                 continue
             y = np.array([scores.interval(env_id, method, n)[:3] for n in counts])
             seeds = scores.interval(env_id, method, counts[0])[3]
-            ax.plot(counts, y[:, 0], lw=1.8, ms=5, **style(method, ours))
-            ax.fill_between(counts, y[:, 1], y[:, 2], color=style(method, ours)["color"], alpha=0.15, lw=0)
+            beside = np.array(counts) * 2 ** (0.12 * i - 0.2)  # so that intervals do not hide each other
+            look, spread = style(method, ours), np.maximum(0, [y[:, 0] - y[:, 1], y[:, 2] - y[:, 0]])
+            ax.errorbar(beside, y[:, 0], spread, lw=1.8, ms=5, elinewidth=0.8, capsize=2, **look)
         two_axes(ax, scores, env_id)
         random, expert = PAPER_SCORES[env_id]
         ours_at = scores.random[env_id] + (PAPER_8192[env_id] - random) / (expert - random) * (scores.demonstrator[env_id] - scores.random[env_id])
@@ -225,8 +226,9 @@ def plot_offline(scores, ours, path):
         )
         ax.set(title=f"{env_id} (seeds: {seeds})", xlabel="labelled frames", xscale="log")
         ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:,.0f}")
         ax.legend(fontsize=7)
-    caption(fig, "Offline: what labels buy. Bands: 95% bootstrap over seeds, draws of the labels and episodes. Look for where the lines stop rising.")
+    caption(fig, "Offline: what labels buy. Bars: 95% bootstrap over seeds, draws of the labels and episodes. Look for where the lines stop rising.")
     fig.savefig(path, dpi=110, bbox_inches="tight")
 
 
@@ -272,16 +274,17 @@ def plot_latents(points, path):
     for ax, env_id in zip(axes[0], games):
         mine = [p for p in points if p["env_id"] == env_id]
         xy, action = np.array([[p["x"], p["y"]] for p in mine]), np.array([p["action"] for p in mine]).astype(int)
-        for i, (horizontal, color) in enumerate((("left", "#D55E00"), ("stay", "#999999"), ("right", "#0072B2"))):
+        for i, (horizontal, color) in enumerate((("left", "#D55E00"), ("", "#999999"), ("right", "#0072B2"))):
             for j, (vertical, marker) in enumerate((("down", "v"), ("", "o"), ("up", "^"))):
                 # Procgen's actions 0-8 are 3 * (x + 1) + (y + 1); 9-14 are buttons without a move
                 here = np.where(action < 9, action, 4) == 3 * i + j
                 if here.any():
-                    ax.scatter(*xy[here].T, s=11, c=color, marker=marker, alpha=0.65, linewidths=0, label=f"{horizontal} {vertical}".strip())
+                    name = f"{horizontal} {vertical}".strip() or "stay or a button"
+                    ax.scatter(*xy[here].T, s=18, c=color, marker=marker, alpha=0.65, linewidths=0, label=name)
         share = [float(s) for s in str(mine[0]["explained"]).split()]
         ax.set(title=env_id, xlabel=f"1st principal component ({share[0]:.0%} of variance)", ylabel=f"2nd principal component ({share[1]:.0%})")
-        ax.legend(fontsize=7, ncol=3)
-    caption(fig, "Latent actions of test frames by the true action, which nobody told the model. Look for places of one colour.")
+        ax.legend(fontsize=8, ncol=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    caption(fig, "Continuous latents of test frames (seed 1) by the true action, which nobody told the model. Look for places of one colour.")
     fig.savefig(path, dpi=110, bbox_inches="tight")
 
 
@@ -317,8 +320,8 @@ def tables(scores, ours, space):
             what = "interquartile mean" if many else "mean of the games"
             share = f"{mean:.2f} ({low:.2f} – {high:.2f})"
             lines.append(table_row(what, style(method, ours)["label"], n and f"{n:.0f}", *[""] * 6, share, ""))
-    head = "game | pretraining | latents | seeds | linear probe | MLP probe | chance | NMI (slots) | NMI (best) | cluster purity | codes used"
-    lines += ["", f"| {head} |", "|" + "---|" * 11]
+    head = "game, pretraining, latents, seeds, linear probe, MLP probe, chance, NMI (slots), NMI (best), cluster purity, codes used, IDM active"
+    lines += ["", table_row(*head.split(", ")), "|" + "---|" * 12]
     groups, order = defaultdict(list), ("trained", "untrained_idm", "shuffled_actions")
     for row in space:
         groups[row["env_id"], row["run"], row["of"]].append(row)
@@ -326,7 +329,29 @@ def tables(scores, ours, space):
         metrics = ("linear_probe", "mlp_probe", "chance", "nmi", "nmi_best_slot", "cluster_purity")
         values = [f"{np.mean([r[k] for r in rows]):.3f}" if rows[0][k] != "" else "" for k in metrics]
         used = "; ".join(str(r["codes_used"]) for r in rows if r["codes_used"])
-        lines.append(table_row(g, "no VQ" if run.endswith("no_vq") else "VQ", of.replace("_", " "), len(rows), *values, used))
+        active = "; ".join(f"{r['idm_active_share']:.1%}" for r in rows if r.get("idm_active_share", "") != "")
+        lines.append(table_row(g, "no VQ" if run.endswith("no_vq") else "VQ", of.replace("_", " "), len(rows), *values, used, active))
+    return "\n".join(lines) + "\n"
+
+
+def summary(scores, ours):
+    """README.md's table: the final scores, offline those with the most labels."""
+    head = ("game", "method", "return (95% interval)", "share of the demonstrator's", "seeds", "episodes", "the paper's return (all levels)")
+    lines = [table_row(*head), "|" + "---|" * len(head)]
+    for g in scores.games:
+        random, expert = PAPER_SCORES[g]
+        paper = {("random", ""): f"{random:.2f}", ("demonstrator", ""): f"{expert:.2f}", ("ppo_from_scratch", ""): PAPER_SCRATCH[g]}
+        paper |= {(m, ""): f"{paper.get((m, ''), '')} (share {share:.2f}, 16 games)".strip() for m, share in PAPER_ONLINE.items()}
+        paper["lapo_decoder", 8192.0] = PAPER_8192[g]
+        game = g  # once
+        for method in ("random", "demonstrator", *ONLINE, "bc_from_scratch", "lapo_decoder", *ours):
+            n = max((n for env_id, m, n in scores.groups if (env_id, m) == (g, method) and n != ""), default="")
+            if found := scores.interval(g, method, n):
+                mean, low, high, seeds, episodes = found
+                name = style(method, ours)["label"] + (f", {n:,.0f} labels" if n else "")
+                score = f"{mean:.2f} ({low:.2f} – {high:.2f})", f"{scores.relative(g, mean):.2f}", seeds, f"{episodes:,}"
+                lines.append(table_row(game, name, *score, paper.get((method, n), "")))
+                game = ""
     return "\n".join(lines) + "\n"
 
 
@@ -345,5 +370,8 @@ if __name__ == "__main__":
     plot_offline(scores, ours, folder / f"{prefix}offline.png")
     plot_bars(scores, ours, folder / f"{prefix}bars.png")
     plot_latents(points, folder / f"{prefix}latents.png")
-    (folder / f"{prefix}tables.md").write_text(tables(scores, ours, space))
-    print(f"wrote {folder}/{prefix}{{online,offline,bars,latents}}.png and {prefix}tables.md")
+    ran_on = Counter(f"{row['device']} ({row['device_name']}), threads: {row['threads']:.0f}" for row in rows)
+    ran_on = "Rows of runs.csv by device: " + "; ".join(f"{device}: {count}" for device, count in ran_on.items()) + "\n\n"
+    (folder / f"{prefix}tables.md").write_text(ran_on + tables(scores, ours, space))
+    (folder / f"{prefix}summary.md").write_text(ran_on + summary(scores, ours))
+    print(f"wrote {folder}/{prefix}{{online,offline,bars,latents}}.png, {prefix}tables.md and {prefix}summary.md")

@@ -14,10 +14,15 @@ on test frames, which no label comes from. Against the number of labels:
     policy features     a decoder of the policy's latent and features, on the labels alone (--decoder-features): does not need the latent
                         to tell the action
     labels spread       the paper's, on labels spread over the latents (--choose-labels spread)
+    fine-tuned          policy features, then the whole policy through that decoder on the labels (--finetune all), ten passes and at
+                        least 200 updates
+    from scratch        cloning, a policy of the same size on the labels alone, as long
 
-All decoders have as many updates as cross-validation on their labels asks for. Writes benchmark/results/why-it-stalls-ENV_ID.{json,png}.
+All decoders but those two have as many updates as cross-validation on their labels asks for. Writes
+benchmark/results/why-it-stalls-ENV_ID.{json,png}.
 """
 
+import copy
 import json
 import sys
 from dataclasses import dataclass
@@ -43,6 +48,7 @@ LOOKS = {
     "frequencies of actions": ("#999999", ":", None), "idm latent": ("#009E73", "-", "s"), "policy latent": ("#0072B2", "-", "o"),
     "labels spread": ("#D55E00", "--", "D"),
     "averaged after": ("#56B4E9", "--", "v"), "two steps": ("#E69F00", "--", "P"), "policy features": ("#CC79A7", "-", "^"),
+    "fine-tuned": ("#000000", "-", "*"), "from scratch": ("#999999", "-", "X"),
 }  # fmt: skip
 
 
@@ -66,7 +72,7 @@ class Args:
 
 @torch.no_grad()
 def encode(bc_path, data_dir, data_meta, split):
-    """(IDM latents z_t, z_t beside z_{t+1}, policy latents, features, actions) of a split's windows."""
+    """(IDM latents z_t, z_t beside z_{t+1}, policy latents, those beside features, actions) of a split's windows; frames, t, policy."""
     cloned = torch.load(bc_path, weights_only=True)
     pretrain_args, args = cloned["meta"]["pretrain_args"], cloned["meta"]["args"]
     latent_dim = stage.num_latents(pretrain_args)
@@ -83,16 +89,26 @@ def encode(bc_path, data_dir, data_meta, split):
             [stage.policy_outputs(policy, torch.from_numpy(frames[c]), True) for c in tqdm(chunks, desc=f"policy, {split}", leave=False)]
         )
     mean, std = cloned["latent_mean"], cloned["latent_std"]
-    z, seen[:, :latent_dim] = (z - mean) / std, (seen[:, :latent_dim] - mean) / std
+    z, latent = (z - mean) / std, (seen[:, :latent_dim] - mean) / std
     follows = torch.from_numpy(np.append(np.diff(t) == 1, False))  # is the next window that of t + 1?
     z_next = torch.where(follows[:, None], z.roll(-1, 0), 0)
     actions = torch.from_numpy(stage.load_actions(data_dir, split, data_meta)[t].astype(np.int64))
-    return z, torch.cat([z, z_next], 1), seen[:, :latent_dim], seen, actions
+    return (z, torch.cat([z, z_next], 1), latent, seen, actions), frames, t, policy
 
 
 def cross_entropy(decoder, x, actions):
     with torch.no_grad():
         return F.cross_entropy(decoder(x), actions).item()
+
+
+def learned_from_frames(model, obs, actions, obs_test, actions_test):
+    """Held-out cross-entropy of a network trained on frames (n, 64, 64, 3) and actions (n,): ten passes and at least 200 updates."""
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    updates = max(200, -(-10 * len(obs) // 64))
+    model = stage.fit(model.to(memory_format=torch.channels_last), obs, actions, updates, 5e-4, 64, stage.Args(), autocast)
+    with torch.no_grad(), autocast:
+        logits = torch.cat([model(chunk).float() for chunk in obs_test.split(512)])
+    return F.cross_entropy(logits, actions_test).item()
 
 
 def best_updates(build, x, actions, updates, *how):
@@ -126,8 +142,10 @@ if __name__ == "__main__":
         bc_path = Path(args.runs_dir) / f"{args.env_id}__lapo_bc__{seed}" / "checkpoint.pt"
         if not bc_path.exists():
             sys.exit(f"error: no checkpoint at {bc_path}: make it with `benchmark/experiments.sh small offline {args.env_id} {seed}`")
-        z, z2, _, seen, actions = encode(bc_path, data_dir, data_meta, "train")
-        z_test, _, latent_test, seen_test, actions_test = encode(bc_path, data_dir, data_meta, "test")
+        (z, z2, _, seen, actions), frames, t, policy = encode(bc_path, data_dir, data_meta, "train")
+        (z_test, _, latent_test, seen_test, actions_test), frames_test, t_test, _ = encode(bc_path, data_dir, data_meta, "test")
+        obs_test = torch.from_numpy(frames_test[t_test])
+        scale = torch.load(bc_path, weights_only=True)["meta"]["args"]["policy_scale"]
         mean, std = seen.mean(0), seen.std(0) + 1e-3
         seen, seen_test = (seen - mean) / std, (seen_test - mean) / std
         torch.manual_seed(seed)
@@ -152,7 +170,14 @@ if __name__ == "__main__":
                         soft = first(x).softmax(-1)
                     second = stage.fit(stage.Decoder(seen.shape[1], (192, 128, 64)), seen, soft, 1500, *how)
                     found[name] = cross_entropy(second, seen_test, actions_test)
-                found["policy features"] = cross_entropy(learned(seen[p], actions[p], how), seen_test, actions_test)
+                decoder = learned(seen[p], actions[p], how)
+                found["policy features"] = cross_entropy(decoder, seen_test, actions_test)
+                decoder.mean.copy_(mean)
+                decoder.std.copy_(std)
+                tuned = stage.DecodedPolicy(copy.deepcopy(policy), decoder, True)
+                for name, network in (("fine-tuned", tuned), ("from scratch", stage.ScratchPolicy(scale))):
+                    obs = torch.from_numpy(frames[t[p]])
+                    found[name] = learned_from_frames(network, obs, actions[p], obs_test, actions_test)
                 for name, loss in found.items():
                     losses[name][i, draw, j] = loss
 

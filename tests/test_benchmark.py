@@ -52,6 +52,8 @@ def test_every_result_is_one_row(pipeline, results):
     space = pipeline.results["lapo_pretrain"]["latent_space"]
     for row in rows(results / "latent_space.csv"):
         assert float(row["linear_probe"]) == space[row["of"]]["linear_probe"] and float(row["nmi"]) == space[row["of"]]["nmi"]
+        alive = str(pipeline.results["lapo_pretrain"]["test/idm_active_share"]) if row["of"] == "trained" else ""
+        assert row["idm_active_share"] == alive
     assert len(rows(results / "latent_space.csv")) == 3 and len(rows(results / "latents_2d.csv")) == 64
     assert [int(r["frames"]) for r in rows(results / "curves.csv") if r["method"] == "lapo_finetune_ppo"] == [512, 1024, 1536, 2048]
 
@@ -98,6 +100,10 @@ def test_pictures_and_tables(results):
     assert done.returncode == 0, done.stderr
     text = (results / "runs-tables.md").read_text()
     assert "| demonstrator |" in text and "untrained idm" in text
+    ran_on, _, _, _, *lines = (results / "runs-summary.md").read_text().splitlines()
+    assert "cpu (" in ran_on and ran_on.endswith(f"threads: 1: {len(rows(results / 'runs.csv'))}")
+    assert [line.split(" | ")[1] for line in lines] == ["random", "demonstrator", "cloning from scratch, 32 labels", "LAPO + decoder, 32 labels"]
+    assert lines[0].startswith(f"| {ENV_ID} | random") and lines[1].startswith("|  | demonstrator")
     for name in ("offline", "bars", "latents"):
         assert (results / f"runs-{name}.png").read_bytes().startswith(b"\x89PNG")
     done = script("plot.py", "--results", results, "--scale", "paper", cwd=results)

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import io
 import json
 import re
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ENV_ID, TOY, collect, inline, link_tree, pretrain, replace, run_dir, snapshot
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lapo_inspect
 
@@ -160,7 +162,7 @@ def test_pictures(report):
     assert gif.n_frames == STEPS + 1
     columns = STARTS * 4  # steps 0, 1, 2, 4
     for image, across, pairs, side in ((gif, CODES, STARTS, 2 * 64 + 4), (strip, columns, CODES, 64 + 4)):
-        assert 30 < image.width - across * side < 100 and 20 < image.height - 2 * pairs * side - 10 * (pairs - 1) < 70
+        assert 30 < image.width - across * side < 130 and 20 < image.height - 2 * pairs * side - 10 * (pairs - 1) < 70
     left, top = strip.width - columns * 68, strip.height - 2 * CODES * 68 - 10 * (CODES - 1)
     pixels = np.asarray(strip)
     assert (pixels[top : top + 64, left : left + 64] == report.kinds["dream"][0, 0, 0]).all()
@@ -296,19 +298,52 @@ def test_arrows_point_where_the_action_goes(action, dx, dy):
 
 
 def test_films_show_the_actions(tmp_path):
-    """An agent's film carries each playing game's action in its own corner, and none where the game has given its episodes."""
+    """An agent's film carries each playing game's action in its own corner; a game that has given its episodes is dark and shows its return."""
     env = collect.make_env(ENV_ID, 2, 16, 0, seed=1)
     actions, film = [7, 0], tmp_path / "film.gif"
     collect.evaluate(lambda obs: np.array(actions[: len(obs)], dtype=np.int32), env, 2, film)
     env.close()
     gif = Image.open(film)
-    assert gif.size == (384, 192)
+    assert gif.size == (2 * 196, 192)
     first = np.asarray(gif.convert("RGB")).astype(int)
     plain = np.full((192, 192, 3), 99, dtype=np.uint8)
     for game, action in enumerate(actions):
         mark = collect.draw_action(plain, action)
         ink = (mark != 99).all(-1)
-        assert np.abs(first[:, 192 * game : 192 * (game + 1)][ink] - mark[ink]).mean() < 20  # GIFs have few colours
+        assert np.abs(first[:, 196 * game + 2 : 196 * game + 194][ink] - mark[ink]).mean() < 20  # GIFs have few colours
     gif.seek(gif.n_frames - 1)
-    corners = [np.asarray(gif.convert("RGB"))[6:39, x + 6 : x + 39].min(-1) > 240 for x in (0, 192)]  # white discs
+    last = np.asarray(gif.convert("RGB")).astype(int)
+    corners = [last[6:39, x + 6 : x + 39].min(-1) > 240 for x in (2, 198)]  # white discs
+    assert sorted(last[150:, x : x + 192].mean() < 0.6 * first[150:, x : x + 192].mean() for x in (2, 198)) == [False, True]
+    assert sorted((last[80:112, x + 70 : x + 122].min(-1) > 240).sum() > 30 for x in (2, 198)) == [False, True]  # white digits
     assert sorted(corner.mean() > 0.4 for corner in corners) == [False, True]  # one game is still playing
+
+
+def test_pretraining_draws_what_it_learns(pipeline, tmp_path, monkeypatch):
+    """TensorBoard gets three pictures as training goes on; the rollouts begin with the one-step predictions and stand beside the true frames."""
+    link_tree(pipeline.data, tmp_path / "data" / ENV_ID)
+    found = SimpleNamespace(**inline(monkeypatch, tmp_path, "lapo_pretrain", *TOY["lapo_pretrain"], "--no-bf16"))
+    folder = tmp_path / run_dir("lapo_pretrain")
+    events = EventAccumulator(str(folder), size_guidance={"images": 0})
+    events.Reload()
+    assert set(events.Tags()["images"]) == {"pictures/predictions", "pictures/latents", "pictures/rollouts"}
+    for tag in events.Tags()["images"]:
+        assert events.Images(tag)[-1].step == 6 and events.Images(tag)[0].step == 3
+        last = np.asarray(Image.open(io.BytesIO(events.Images(tag)[-1].encoded_image_string)))
+        assert np.array_equal(last, np.asarray(Image.open(folder / f"{tag.split('/')[1]}.png")))
+    assert 0 < json.loads((folder / "results.json").read_text())["picture_seconds"]
+
+    t = found.rollout_t
+    assert len(t) == 8 and np.isin(t, found.test_t).all() and (np.diff(t) == 1).all()
+    sheet = np.asarray(Image.open(folder / "rollouts.png"))
+    cells = sheet[23:, -68 * 4 :].reshape(-1, 68, 4, 68, 3).swapaxes(1, 2)[:, :, :64, :64]  # (2 + K, steps 1, 2, 4, 8, 64, 64, 3)
+    assert len(cells) == 2 + min(8, len(np.unique(found.codes["test"], axis=0)))
+    windows = pretrain.get_windows(found.test_frames, t, torch.device("cpu"))
+    found.trained.eval()
+    with torch.no_grad():
+        first = found.predict(*found.networks, windows[:1], found.autocast)[0]
+        second = found.fdm(torch.cat([windows[:1, 3:6], first], dim=1), found.vq(found.idm(windows))[0][1:2])
+    for column, k in enumerate((1, 2, 4, 8)):
+        assert np.array_equal(cells[0, column], found.test_frames[t[0] + k])
+    for column, prediction in enumerate((first, second)):
+        assert np.abs(cells[1, column].astype(int) - pretrain.to_pixels(prediction[0]).astype(int)).max() <= 1

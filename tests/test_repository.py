@@ -89,10 +89,12 @@ def test_inline_dependencies(path):
 
 
 def test_fdm_is_never_given_the_next_frame():
-    """In lapo_pretrain.py the forward dynamics model is called in one place, on the first two frames of the windows."""
+    """In lapo_pretrain.py the forward dynamics model is called on the first two frames of the windows, or goes on from its own predictions."""
     tree = ast.parse((ROOT / "lapo_pretrain.py").read_text())
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "fdm"]
-    assert [ast.unparse(call.args[0]) for call in calls] == ["windows[:, :6]"]
+    assert [ast.unparse(call.args[0]) for call in calls] == ["windows[:, :6]", "past"]
+    past = [ast.unparse(n.value) for n in ast.walk(tree) if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "past"]
+    assert past == ["windows[:1, :6].expand(1 + len(held), -1, -1, -1)", "torch.cat([past[:, 3:], now], dim=1)"]
 
 
 def test_every_flag_is_explained():
@@ -103,3 +105,11 @@ def test_every_flag_is_explained():
             if isinstance(field, ast.AnnAssign):
                 explained = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
                 assert explained and len(following.value.value) > 5, (path.name, field.target.id)
+
+
+def test_pictures_are_small():
+    """README's pictures stay under 5 MB together, so that cloning stays quick; README shows each of docs/."""
+    pictures = [path for folder in ("docs", "benchmark/results") for path in (ROOT / folder).iterdir() if path.suffix in (".png", ".gif")]
+    assert 0 < sum(path.stat().st_size for path in pictures) < 5e6
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"](docs/{path.name})" in readme for path in (ROOT / "docs").iterdir())

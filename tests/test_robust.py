@@ -29,7 +29,7 @@ VARIANTS = {stage: (stage, []) for stage in STAGES}
 VARIANTS |= {f"lapo_finetune_ppo_{flag.replace('-', '_')}": ("lapo_finetune_ppo", [f"--{flag}"]) for flag in ("no-sl", "from-scratch")}
 READERS = STAGES[1:4]  # of the dataset
 # in results.json and meta.json: differ between equal runs
-TIMES = {"wall_seconds", "samples_per_second", "frames_per_second", "command", "checkpoint_seconds"}
+TIMES = {"wall_seconds", "picture_seconds", "samples_per_second", "frames_per_second", "command", "checkpoint_seconds"}
 
 
 @pytest.fixture
@@ -374,8 +374,23 @@ def test_collapsed_codebook_is_reported(work, capsys):
     flags = ["--vq-num-codes", "1", "--num-updates", "250", "--batch-size", "2", "--eval-every", "1000"]
     run(work, "lapo_pretrain", *TOY["lapo_pretrain"], *FRESH, *flags)
     shown = capsys.readouterr()
-    (warning,) = [line for line in (shown.out + shown.err).splitlines() if "warning" in line and "codebook" in line]
+    (warning,) = [line for line in (shown.out + shown.err).splitlines() if "warning: update" in line]
     assert "collapsed" in warning and "1.00" in warning and "try" in warning and "--" in warning
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-vq"]], ids=["vq", "no-vq"])
+def test_dead_idm_is_reported(work, capsys, flags):
+    """An IDM that gives every window the same latent uses a code per slot, so perplexities look fine: pretraining warns, and shows what is dead."""
+    flags = [*flags, "--num-updates", "250", "--batch-size", "4", "--eval-every", "1000"]
+
+    def kill_the_idm(monkeypatch):
+        monkeypatch.setattr(torch.nn.Flatten, "forward", lambda self, x: -x.flatten(1).abs())  # before the last ReLU of its convolutions
+
+    run(work, "lapo_pretrain", *TOY["lapo_pretrain"], *FRESH, *flags, patch=kill_the_idm)
+    shown = capsys.readouterr()
+    (warning,) = [line for line in (shown.out + shown.err).splitlines() if "warning: update" in line]
+    assert "collapsed (1 different latents in a batch of 4" in warning and "--warmup-updates" in warning
+    assert json.loads((work / FRESH_DIR / "results.json").read_text())["test/idm_active_share"] == 0
 
 
 def test_verify_passes_a_good_dataset(work, capsys):

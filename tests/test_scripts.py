@@ -75,7 +75,7 @@ def test_results_of_the_other_stages(pipeline):
     assert meta["demonstrator"] == {k: results["collect_expert_data"][k] for k in ("return_mean", "return_stderr", "episodes")}
     assert {s: meta["splits"][s]["num_frames"] for s in meta["splits"]} == {"train": 2000, "test": 400}
     assert [c["update"] for c in results["lapo_pretrain"]["curve"]] == [3, 6]
-    for key in ("test/fdm_loss", "test/copy_last_frame_loss", "probe/balanced_accuracy", "probe/chance"):
+    for key in ("test/fdm_loss", "test/copy_last_frame_loss", "test/idm_active_share", "probe/balanced_accuracy", "probe/chance"):
         assert np.isfinite(results["lapo_pretrain"][key]) and results["lapo_pretrain"][key] == results["lapo_pretrain"]["curve"][-1][key]
     assert results["lapo_bc"]["updates"] == 6 and 0 < results["lapo_bc"]["test/latent_mse"] < 10
     for name in ("lapo_finetune_ppo", "lapo_finetune_ppo_no_sl", "lapo_finetune_ppo_from_scratch"):
@@ -122,6 +122,15 @@ def test_our_decoders(pipeline, tmp_path, monkeypatch, flags, trained, decoder_i
     assert len(ours["decoder.mean"]) == decoder_inputs
     for name in (k for k in ours if k.startswith("policy.") and not k.startswith("policy.critic")):
         assert torch.equal(ours[name], cloned[name]) != name.startswith(tuple(f"policy.{part}" for part in trained) or "-"), name
+
+
+def test_finetuning_on_labels_takes_its_epochs(pipeline, tmp_path, monkeypatch):
+    """--finetune-epochs: so many passes over n labels in batches of --bc-batch-size, where that is more than --finetune-updates."""
+    cwd, steps, step = link_tree(pipeline.cwd, tmp_path / "work"), [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args, **kwargs: steps.append(1) or step(self, *args, **kwargs))
+    flags = "--exp-name ours --no-bc --decoder-updates 20 --finetune all --finetune-updates 10 --finetune-epochs 4 --bc-batch-size 8"
+    inline(monkeypatch, cwd, "lapo_decode", *TOY["lapo_decode"], *flags.split())
+    assert len(steps) == 2 * (20 + 10 + 20 + 4 * 32 // 8)  # two draws; decoder and policy on 16 labels, on 32
 
 
 @pytest.mark.parametrize("name", ["lapo_finetune_ppo", "lapo_finetune_ppo_no_sl"])
