@@ -186,7 +186,9 @@ def plot_online(curves, scores, path):
     ax = axes[0, -1]
     for method, games_y in over_games.items():
         if len(games_y) == len(games):
-            ax.plot(games_y[0][0], np.mean([y for _, y in games_y], axis=0), lw=2, **(style(method, []) | {"marker": None}))
+            x = games_y[0][0]  # frames, in thousands; other games may have points elsewhere
+            y = np.mean([np.interp(x, *points) for points in games_y], axis=0)
+            ax.plot(x, y, lw=2, **(style(method, []) | {"marker": None}))
             ax.plot([], [], " ", label=f"   (paper, 4M frames: {PAPER_ONLINE[method]:.2f})")
     ax.axhline(1, color=COLORS["demonstrator"], ls="--", lw=1.2)
     ax.axhline(0, color=COLORS["random"], ls=":", lw=1.2)

@@ -110,6 +110,15 @@ def test_pictures_and_tables(results):
     assert done.returncode == 1 and "--scale paper" in done.stderr
 
 
+def test_mean_of_games_with_different_frames(tmp_path):
+    """Games whose curves have points at other frames, or fewer of them, are averaged all the same."""
+    rows = [{"env_id": g, "method": "demonstrator", "seed": 1.0, "n_labels": "", "returns": "1 1"} for g in ("coinrun", "maze")]
+    curves = [{"env_id": "coinrun", "method": "rl_sl", "seed": 1.0, "frames": f, "return": 1.0} for f in (1000.0, 2000.0, 3000.0)]
+    curves += [{"env_id": "maze", "method": "rl_sl", "seed": 1.0, "frames": f, "return": 0.0} for f in (1500.0, 2500.0)]
+    plot.plot_online(curves, plot.Scores(rows, 10), tmp_path / "online.png")
+    assert (tmp_path / "online.png").exists()
+
+
 def test_best_updates():
     """Cross-validation asks for all updates where labels can be learnt, and for few where they are noise."""
     how = (1e-3, 512, SimpleNamespace(weight_decay=1e-2, label_smoothing=0.05), torch.autocast("cpu", enabled=False))
