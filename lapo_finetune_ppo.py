@@ -606,7 +606,7 @@ def evaluate(act, env, num_episodes, gif=None):
     """Returns of num_episodes episodes, (num_episodes,). Each env gives equally many, so that long episodes count as much as short ones."""
     num_envs = env.num
     quota = -(-num_episodes // num_envs)
-    running, returns, film, shown, over = np.zeros(num_envs), [[] for _ in range(num_envs)], [], {}, {}
+    running, returns, film, shown, over = np.zeros(num_envs), [[] for _ in range(num_envs)], [], {}, set()
     while True:
         playing = np.flatnonzero([len(r) < quota for r in returns])
         if not len(playing):
@@ -619,7 +619,8 @@ def evaluate(act, env, num_episodes, gif=None):
                 if e in playing:
                     shown[e] = draw_action(picture, action[e])
                 elif e not in over:
-                    shown[e], over[e] = draw_return(shown[e] // 2, returns[e][-1]), True
+                    over.add(e)
+                    shown[e] = draw_return(shown[e] // 2, returns[e][-1])  # stays to the film's end
             film.append(np.concatenate([np.pad(shown[e], ((0, 0), (2, 2), (0, 0)), constant_values=255) for e in shown], axis=1))
         env.act(action)
         reward, _, first = env.observe()

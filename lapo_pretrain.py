@@ -724,8 +724,7 @@ if __name__ == "__main__":
 
     # and for the picture of rollouts eight in a row, none if no episode is that long
     whole = np.all([np.isin(eval_t["test"] + k, test_t) for k in range(8)], axis=0)
-    rollout_t = eval_t["test"][whole][np.argsort(-change[whole], kind="stable")][:1, None] + np.arange(8)
-    rollout_t = rollout_t.ravel()  # (T,)
+    rollout_t = (eval_t["test"][whole][np.argsort(-change[whole], kind="stable")][:1, None] + np.arange(8)).ravel()  # (8,) or (0,)
 
     split_frames = {"train": train_frames, "test": test_frames}
     true_actions = {split: labels[split][eval_t[split]] for split in labels}  # int8 (n,)
