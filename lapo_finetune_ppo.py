@@ -860,9 +860,10 @@ if __name__ == "__main__":
                     refuse_bad_numbers(run_dir, iteration, mb.cpu(), {"loss": loss.item(), "gradient norm": grad_norm.item()})
                 optimizer.step()
 
-        # decoder: the IDM labels the rollout's transitions, windows within one episode only
+        # decoder: the IDM labels the rollout's transitions, windows within one episode only; not after the last update, as PPO
+        # could not adapt the policy to a new decoder any more before it is scored
         global_step = (iteration + 1) * batch_size
-        if use_decoder and global_step <= args.decoder_frames[1]:
+        if use_decoder and global_step <= args.decoder_frames[1] and iteration < num_iterations - 1:
             stream = torch.cat([last_obs[None], obs, next_obs[None]])  # (T + 2, E, 64, 64, 3); obs[t] is stream[t + 1]
             valid = (dones + torch.cat([dones[1:], next_done[None]]) == 0).nonzero()  # (n, 2): o_t and o_{t+1} continue an episode
             with torch.inference_mode(), autocast:

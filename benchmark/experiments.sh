@@ -31,7 +31,8 @@ small) # the quickstart's networks and data (README, "What the quickstart change
     COLLECT=(--expert-checkpoint "experts/$ENV_ID.pt" --num-train-frames 65536 --num-test-frames 8192 --eval-episodes 200)
     PRETRAIN=(--num-updates 2000 --batch-size 32 --learning-rate 1e-3 --warmup-updates 500 --idm-scale 1 --fdm-width 8 --vq-dim 4 --predict-change --eval-every 500)
     BC=(--num-updates 4000 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 --policy-scale 0.5 --eval-every 1000)
-    FINETUNE=(--total-timesteps 163840 --linear-warmup 50000 100000)
+    # the paper's warm-ups divided by five: they would take most of this run, a twenty-fifth of them less than a rollout
+    FINETUNE=(--total-timesteps 163840 --action-head-warmup 7000 10000 --value-head-warmup 5000 10000 --linear-warmup 10000 40000)
     DECODE=(--num-labels 16 32 64 128 256 512 1024 2048 4096 8192 --table-labels 256 --num-draws 3 --eval-episodes 60
         --decoder-updates 200 --bc-updates 200 --bc-epochs 10 --bc-batch-size 64)
     TUNE=(--finetune all --finetune-epochs 10 --finetune-learning-rate 5e-4) # as cloning from scratch learns

@@ -35,7 +35,7 @@ TOY = {
     "lapo_bc": "--num-updates 6 --batch-size 16 --policy-scale 0.25 --warmup-updates 2",
     "lapo_decode": "--num-labels 16 32 --table-labels 32 --num-draws 2 --eval-episodes 4 --bc-updates 4 --decoder-updates 100",
     "lapo_finetune_ppo": "--total-timesteps 2048 --num-envs 16 --num-steps 32 --action-head-warmup 512 600 --value-head-warmup 512 600 "
-    "--linear-warmup 600 700 --decoder-frames 500 2000 --eval-episodes 4",
+    "--linear-warmup 600 700 --decoder-frames 500 4000 --eval-episodes 4",
 }
 TOY = {stage: f"--env-id {ENV_ID} --no-cuda {flags}".split() for stage, flags in TOY.items()}
 
