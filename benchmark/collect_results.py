@@ -1,5 +1,7 @@
 """Every run's results.json into CSV files that the figures and tables are made of. Rows of runs that are no longer on disk stay.
 
+Start it where the runs were started: their arguments may name the dataset relative to that folder.
+
     python benchmark/collect_results.py --runs-dir runs/small
 
 runs.csv           one row a result: env_id, method, seed, n_labels, frames, return_mean, return_stderr, episodes, relative_return, ...;
@@ -68,9 +70,10 @@ def rows_of(run, results, scale):
                 rows["runs.csv"].append({**common, **row, "method": method})
     elif results["stage"] == "lapo_finetune_ppo":
         rows["runs.csv"].append({**common, **results, "method": name})
-        curve = results["curve"]
-        for frames, value in curve[:: max(1, len(curve) // 60)]:
-            rows["curves.csv"].append({**scale_and_game, "method": name, "seed": results["seed"], "frames": frames, "return": round(value, 3)})
+        every = max(1, results["frames"] // 60)  # about 60 points, at the same frames in every seed
+        for (before, _), (frames, value) in zip([(0, None), *results["curve"]], results["curve"]):
+            if before // every < frames // every:
+                rows["curves.csv"].append({**scale_and_game, "method": name, "seed": results["seed"], "frames": frames, "return": round(value, 3)})
     elif results["stage"] == "lapo_pretrain" and results["latent_space"]:
         space = results["latent_space"]
         used = " ".join(map(str, results["codes_used"] or []))
@@ -91,23 +94,33 @@ def latents_2d(run, results, scale_and_game, count=600):
     """Two principal components of `count` test latents with their true actions."""
     z, t = np.load(run / "test_latents.npy"), np.load(run / "test_windows.npy")
     pca = PCA(2, random_state=0).fit(z)
-    actions = np.load(Path(results["args"]["data_dir"] or f"data/{results['env_id']}") / "test" / "actions.npy", mmap_mode="r")[t]
+    path = Path(results["args"]["data_dir"] or f"data/{results['env_id']}") / "test" / "actions.npy"
+    if not path.exists():
+        print(f"{path} is missing: left the old points of {results['env_id']} in latents_2d.csv")
+        return []
+    actions = np.load(path, mmap_mode="r")[t]
     explained = " ".join(f"{share:.3f}" for share in pca.explained_variance_ratio_)
-    points = zip(pca.transform(z)[:count].round(3).tolist(), actions[:count].tolist())
+    some = np.linspace(0, len(z) - 1, min(count, len(z))).astype(int)  # windows are in the order of time, stream after stream
+    points = zip(pca.transform(z[some]).round(3).tolist(), actions[some].tolist())
     return [{**scale_and_game, "row": i, "x": x, "y": y, "action": a, "explained": explained} for i, ((x, y), a) in enumerate(points)]
 
 
 def merge(path, keys, values, new):
-    """Writes a CSV of the rows that are there already and the new ones, which replace those with the same keys."""
+    """Writes a CSV of the new rows and of the old ones of other runs; returns how many rows it has."""
     old = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
-    text = [{k: "" if row.get(k) is None else str(row[k]) for k in [*keys, *values]} for row in [*old, *new]]
-    rows = {tuple(row[k] for k in keys): row for row in text}
+    new = [{k: "" if row.get(k) is None else str(row[k]) for k in [*keys, *values]} for row in new]
+
+    def run(row):
+        return tuple(row[k] for k in keys if k in ("scale", "env_id", "method", "run", "seed"))
+
+    replaced = set(map(run, new))
+    rows = {tuple(row.get(k, "") for k in keys): row for row in [*(row for row in old if run(row) not in replaced), *new]}
     order = sorted(rows, key=lambda key: [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in key])
     with path.open("w", newline="") as f:
         writer = csv.DictWriter(f, [*keys, *values], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows[key] for key in order)
-    return len(rows) - len({tuple(row[k] for k in keys) for row in old})
+    return len(rows)
 
 
 if __name__ == "__main__":
@@ -125,5 +138,5 @@ if __name__ == "__main__":
             new[file] += rows[file]
     Path(args.out).mkdir(parents=True, exist_ok=True)
     for file, rows in new.items():
-        added = merge(Path(args.out) / file, [k for k in KEYS[file] if k != "frames" or file == "curves.csv"], VALUES[file], rows)
-        print(f"{args.out}/{file}: {len(rows)} rows from {args.runs_dir}, {added} of them new")
+        total = merge(Path(args.out) / file, KEYS[file], VALUES[file], rows)
+        print(f"{args.out}/{file}: {total} rows, {len(rows)} of them from {args.runs_dir}")

@@ -53,7 +53,7 @@ online | offline | improved | all) ;;
     ;;
 esac
 
-run() { # SCRIPT RUN_NAME SEED flags...: skips a finished run
+run() { # SCRIPT RUN_NAME SEED flags...: skips a finished run; AFTER names the run that it starts from
     local script=$1 name=$2 seed=$3
     shift 3
     local results=$OUT/${ENV_ID}__${name}__$seed/results.json
@@ -61,6 +61,10 @@ run() { # SCRIPT RUN_NAME SEED flags...: skips a finished run
     if [ -f "$results" ]; then
         if ! grep -qF "\"command\": \"python $command\"" "$results"; then
             echo "error: $results was made with other flags than today's, so that seeds would not compare: move its folder away" >&2
+            exit 1
+        fi
+        if [ "$results" -ot "$OUT/${ENV_ID}__${AFTER:-}/results.json" ]; then
+            echo "error: $results is older than $AFTER, which it started from, so it is of an earlier one: move its folder away" >&2
             exit 1
         fi
         return
@@ -71,15 +75,18 @@ run() { # SCRIPT RUN_NAME SEED flags...: skips a finished run
 
 run collect_expert_data.py collect_expert_data 1 --data-dir "$DATA" "${COLLECT[@]}" # one dataset for all seeds
 for seed in "$@"; do
-    run lapo_pretrain.py lapo_pretrain "$seed" --data-dir "$DATA" "${PRETRAIN[@]}"
-    run lapo_bc.py lapo_bc "$seed" --data-dir "$DATA" "${BC[@]}"
+    AFTER=collect_expert_data__1 run lapo_pretrain.py lapo_pretrain "$seed" --data-dir "$DATA" "${PRETRAIN[@]}"
+    AFTER=lapo_pretrain__$seed run lapo_bc.py lapo_bc "$seed" --data-dir "$DATA" "${BC[@]}"
+    AFTER=lapo_bc__$seed
     if [ "$EXPERIMENT" = online ] || [ "$EXPERIMENT" = all ]; then
         run lapo_finetune_ppo.py rl_sl "$seed" "${FINETUNE[@]}"
         run lapo_finetune_ppo.py rl_no_sl "$seed" --no-sl "${FINETUNE[@]}"
         run lapo_finetune_ppo.py ppo_from_scratch "$seed" --from-scratch "${FINETUNE[@]}"
-        run lapo_pretrain.py lapo_pretrain_no_vq "$seed" --no-vq --data-dir "$DATA" "${PRETRAIN[@]}"
-        run lapo_bc.py lapo_bc_no_vq "$seed" --data-dir "$DATA" --pretrain-checkpoint "$OUT/${ENV_ID}__lapo_pretrain_no_vq__$seed/checkpoint.pt" "${BC[@]}"
-        run lapo_finetune_ppo.py no_vq "$seed" --no-sl --bc-checkpoint "$OUT/${ENV_ID}__lapo_bc_no_vq__$seed/checkpoint.pt" "${FINETUNE[@]}"
+        AFTER=collect_expert_data__1 run lapo_pretrain.py lapo_pretrain_no_vq "$seed" --no-vq --data-dir "$DATA" "${PRETRAIN[@]}"
+        AFTER=lapo_pretrain_no_vq__$seed run lapo_bc.py lapo_bc_no_vq "$seed" --data-dir "$DATA" \
+            --pretrain-checkpoint "$OUT/${ENV_ID}__lapo_pretrain_no_vq__$seed/checkpoint.pt" "${BC[@]}"
+        AFTER=lapo_bc_no_vq__$seed run lapo_finetune_ppo.py no_vq "$seed" --no-sl \
+            --bc-checkpoint "$OUT/${ENV_ID}__lapo_bc_no_vq__$seed/checkpoint.pt" "${FINETUNE[@]}"
     fi
     if [ "$EXPERIMENT" = offline ] || [ "$EXPERIMENT" = all ]; then
         run lapo_decode.py lapo_decode "$seed" --data-dir "$DATA" "${DECODE[@]}"

@@ -2,8 +2,10 @@
 
     python benchmark/plot.py        # benchmark/results/*.csv -> benchmark/results/{online,offline,bars,latents}.png, {tables,summary}.md
 
-Intervals are 95%, by a bootstrap over seeds, draws of the labels and episodes (games stay as they are); means over games are
-interquartile means over all of their runs where there are at least eight of them (Agarwal et al. 2021, rliable's method); in tables.md.
+Intervals are 95%, by a bootstrap over seeds, draws of the labels and episodes (games stay as they are). With three seeds they are rough: seeds
+that differ much make them too narrow, episodes too wide. Of one seed they know nothing about other seeds. Means over games are interquartile
+means over all of their runs where every method has at least eight of them (Agarwal et al. 2021, rliable's method); their intervals also
+resample random play and the demonstrator, which the shares are measured by.
 """
 
 import csv
@@ -100,9 +102,13 @@ class Scores:
         for row in rows:
             self.groups[row["env_id"], row["method"], row["n_labels"]][row["seed"]] = row
         self.games = sorted({env_id for env_id, method, _ in self.groups if method == "demonstrator"})
-        random, demonstrator = ({g: self.returns(g, m) for g in self.games} for m in ("random", "demonstrator"))
-        self.random = {g: np.mean(random[g]) if random[g] else PAPER_SCORES[g][0] for g in self.games}
-        self.demonstrator = {g: np.mean(demonstrator[g]) for g in self.games}
+        self.random = {g: np.mean(self.returns(g, "random")) if self.returns(g, "random") else PAPER_SCORES[g][0] for g in self.games}
+        self.demonstrator = {g: np.mean(self.returns(g, "demonstrator")) for g in self.games}
+        rng, ends = np.random.default_rng(0), {}
+        for key in ((g, method) for g in self.games for method in ("random", "demonstrator")):
+            seeds = self.returns(*key)  # without random play the paper's number stands, and does not vary
+            ends[key] = resampled_means(seeds, resamples, rng) if seeds else np.full(resamples, self.random[key[0]])
+        self.ends, self.found = ends, {}  # (resamples,) bootstrap means of 0 and 1 of the shares; intervals, as they take time
 
     def returns(self, env_id, method, n_labels=""):
         """[draws] of every seed."""
@@ -110,34 +116,40 @@ class Scores:
 
     def interval(self, env_id, method, n_labels=""):
         """Mean return, its 95% interval, number of seeds and of episodes; None if there are no runs."""
-        seeds = self.returns(env_id, method, n_labels)
-        if not seeds:
-            return None
-        low, high = np.percentile(resampled_means(seeds, self.resamples, np.random.default_rng(0)), [2.5, 97.5])
-        return np.mean([np.mean(draws) for draws in seeds]), low, high, len(seeds), sum(len(d) for draws in seeds for d in draws)
+        key = env_id, method, n_labels
+        if key not in self.found:
+            seeds = self.returns(*key)
+            self.found[key] = None
+            if seeds:
+                low, high = np.percentile(resampled_means(seeds, self.resamples, np.random.default_rng(0)), [2.5, 97.5])
+                mean, episodes = np.mean([np.mean(draws) for draws in seeds]), sum(len(d) for draws in seeds for d in draws)
+                self.found[key] = mean, low, high, len(seeds), episodes
+        return self.found[key]
 
     def relative(self, env_id, value):
         """Return -> share of the demonstrator's above random."""
         return (value - self.random[env_id]) / (self.demonstrator[env_id] - self.random[env_id])
 
-    def over_games(self, method, n_labels=""):
-        """Mean over games of the share of the demonstrator's return, and its 95% interval; None unless every game has runs."""
+    def over_games(self, method, n_labels="", interquartile=False):
+        """(Interquartile) mean over games of the share of the demonstrator's return, and its 95% interval; None unless every game has runs."""
         per_game = {g: self.returns(g, method, n_labels) for g in self.games}
         if not all(per_game.values()):
             return None
-        rng, many = np.random.default_rng(0), sum(map(len, per_game.values())) >= 8
+        rng = np.random.default_rng(0)
 
         def centre(values):
-            return trim_mean(np.concatenate(values), 0.25) if many else np.mean([v.mean() for v in values])
-
-        def runs(g, seeds):
-            return self.relative(g, np.array([np.mean(draws) for draws in seeds]))
+            return trim_mean(np.concatenate(values), 0.25) if interquartile else np.mean([v.mean() for v in values])
 
         samples = []
-        for _ in range(self.resamples):
-            picked = {g: pick(seeds, rng) for g, seeds in per_game.items()}
-            samples.append(centre([runs(g, [[rng.choice(d, len(d)) for d in pick(draws, rng)] for draws in seeds]) for g, seeds in picked.items()]))
-        return (centre([runs(g, seeds) for g, seeds in per_game.items()]), *np.percentile(samples, [2.5, 97.5]), many)
+        for i in range(self.resamples):
+            shares = []
+            for g, seeds in per_game.items():
+                low, high = self.ends[g, "random"][i], self.ends[g, "demonstrator"][i]
+                runs = np.array([np.mean([rng.choice(d, len(d)).mean() for d in pick(draws, rng)]) for draws in pick(seeds, rng)])
+                shares.append((runs - low) / (high - low))
+            samples.append(centre(shares))
+        point = centre([self.relative(g, np.array([np.mean(draws) for draws in seeds])) for g, seeds in per_game.items()])
+        return point, *np.percentile(samples, [2.5, 97.5])
 
 
 def style(method, ours):
@@ -176,13 +188,14 @@ def plot_online(curves, scores, path):
             if not frames:
                 continue
             y = np.array([[run[f] for f in frames] for run in runs.values()])  # (seeds, frames)
-            thousands = np.array(frames) / 1000
-            ax.plot(thousands, y.mean(0), lw=2, **(style(method, []) | {"marker": None}), zorder=3)
+            thousands, look = np.array(frames) / 1000, style(method, [])
+            look |= {"marker": None, "label": f"{look['label']} (seeds: {len(runs)})"}
+            ax.plot(thousands, y.mean(0), lw=2, **look, zorder=3)
             ax.fill_between(thousands, y.min(0), y.max(0), color=COLORS[method], alpha=0.18, lw=0)
             over_games[method].append((thousands, scores.relative(env_id, y.mean(0))))
         two_axes(ax, scores, env_id)
-        ax.set(title=f"{env_id} (seeds: {len(runs)}; band: lowest to highest)", xlabel="thousand frames")
-    axes[0, 0].legend(fontsize=7)
+        ax.set(title=f"{env_id} (band: lowest to highest seed)", xlabel="thousand frames")
+        ax.legend(fontsize=7)
     ax = axes[0, -1]
     for method, games_y in over_games.items():
         if len(games_y) == len(games):
@@ -194,7 +207,8 @@ def plot_online(curves, scores, path):
     ax.axhline(0, color=COLORS["random"], ls=":", lw=1.2)
     ax.set(title=f"mean of the games ({len(games)})", xlabel="thousand frames", ylabel="share of the demonstrator's return above random")
     ax.legend(fontsize=7)
-    caption(fig, "Online: return of the last 100 training episodes. Look for how soon the blue lines leave the orange one.")
+    text = "Online: return of the last 100 training episodes (fewer at the very start). Do LAPO's lines rise sooner than the orange one?"
+    caption(fig, text)
     fig.savefig(path, dpi=110, bbox_inches="tight")
 
 
@@ -210,9 +224,9 @@ def plot_offline(scores, ours, path):
             if not counts:
                 continue
             y = np.array([scores.interval(env_id, method, n)[:3] for n in counts])
-            seeds = scores.interval(env_id, method, counts[0])[3]
             beside = np.array(counts) * 2 ** (0.12 * i - 0.2)  # so that intervals do not hide each other
             look, spread = style(method, ours), np.maximum(0, [y[:, 0] - y[:, 1], y[:, 2] - y[:, 0]])
+            look["label"] += f" (seeds: {scores.interval(env_id, method, counts[-1])[3]})"
             ax.errorbar(beside, y[:, 0], spread, lw=1.8, ms=5, elinewidth=0.8, capsize=2, **look)
         two_axes(ax, scores, env_id)
         random, expert = PAPER_SCORES[env_id]
@@ -226,7 +240,7 @@ def plot_offline(scores, ours, path):
             mec="#0072B2",
             label=f"the paper's share at 8,192 labels ({PAPER_8192[env_id]:g} of {expert:.1f})",
         )
-        ax.set(title=f"{env_id} (seeds: {seeds})", xlabel="labelled frames", xscale="log")
+        ax.set(title=env_id, xlabel="labelled frames")
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter("{x:,.0f}")
         ax.legend(fontsize=7)
@@ -260,10 +274,8 @@ def plot_bars(scores, ours, path):
     ax.set_xticks(range(len(scores.games) + 1), [*scores.games, "paper: 16 games,\n4M frames / 8,192 labels"])
     ax.set_ylabel("return above random,\nshare of the demonstrator's")
     ax.legend(fontsize=7, ncol=2, loc="upper left", bbox_to_anchor=(1.01, 1))
-    caption(
-        fig,
-        "Final scores with 95% intervals; hatched: offline, with the most labels. Open bars: the paper's, at 25 times the frames and on all levels.",
-    )
+    text = "Final scores with 95% intervals; hatched: offline, with the most labels. Open bars: the paper's, on all levels, expert of 50M frames."
+    caption(fig, text)
     fig.savefig(path, dpi=110, bbox_inches="tight")
 
 
@@ -286,7 +298,7 @@ def plot_latents(points, path):
         share = [float(s) for s in str(mine[0]["explained"]).split()]
         ax.set(title=env_id, xlabel=f"1st principal component ({share[0]:.0%} of variance)", ylabel=f"2nd principal component ({share[1]:.0%})")
         ax.legend(fontsize=8, ncol=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
-    caption(fig, "Continuous latents of test frames (seed 1) by the true action, which nobody told the model. Look for places of one colour.")
+    caption(fig, "Continuous latents of test frames (first seed) by the true action, which nobody told the model. Look for places of one colour.")
     fig.savefig(path, dpi=110, bbox_inches="tight")
 
 
@@ -316,11 +328,13 @@ def tables(scores, ours, space):
                 what = g, style(method, ours)["label"], n and f"{n:.0f}", frames and f"{frames:.0f}"
                 score = f"{mean:.2f}", f"{low:.2f} – {high:.2f}", seeds, episodes, f"{(mean - random) / (expert - random):.2f}"
                 lines.append(table_row(*what, *score, f"{scores.relative(g, mean):.2f}", paper.get((method, n), "")))
-    for method, n in [*((m, "") for m in ONLINE), *offline] if len(scores.games) > 1 else []:
-        if found := scores.over_games(method, n):
-            mean, low, high, many = found
+    rows = [*((m, "") for m in ONLINE), *offline] if len(scores.games) > 1 else []
+    runs = [sum(len(scores.returns(g, *row)) for g in scores.games) for row in rows if all(scores.returns(g, *row) for g in scores.games)]
+    many = min(runs, default=0) >= 8  # the same mean for all methods
+    for method, n in rows:
+        if found := scores.over_games(method, n, many):
+            share = "{:.2f} ({:.2f} – {:.2f})".format(*found)
             what = "interquartile mean" if many else "mean of the games"
-            share = f"{mean:.2f} ({low:.2f} – {high:.2f})"
             lines.append(table_row(what, style(method, ours)["label"], n and f"{n:.0f}", *[""] * 6, share, ""))
     head = "game, pretraining, latents, seeds, linear probe, MLP probe, chance, NMI (slots), NMI (best), cluster purity, codes used, IDM active"
     lines += ["", table_row(*head.split(", ")), "|" + "---|" * 12]
@@ -365,8 +379,15 @@ if __name__ == "__main__":
     rows, curves, space, points = (read(folder / f"{name}.csv", args.scale) for name in ("runs", "curves", "latent_space", "latents_2d"))
     if not rows:
         sys.exit(f"error: {folder}/runs.csv holds no run of --scale {args.scale}: choose one that it has")
-    scores = Scores(rows, args.resamples)
     ours = sorted({row["method"] for row in rows if row["method"].startswith("lapo_decode_")})
+    if strange := sorted({row["method"] for row in rows} - NAMES.keys() - set(ours)):
+        print(f"left out, as only runs named as in experiments.sh and lapo_decode_* are drawn: {', '.join(strange)}")
+        rows = [row for row in rows if row["method"] not in strange]
+    scores = Scores(rows, args.resamples)
+    for env_id in sorted({row["env_id"] for row in rows} - set(scores.games)):
+        print(f"{env_id} is left out: no demonstrator's score, which collect_expert_data.py's run holds")
+    for env_id in (g for g in scores.games if not scores.returns(g, "random")):
+        print(f"{env_id}: no score of random play, which lapo_decode.py's runs hold; using the paper's, of all levels")
     prefix = "" if args.scale == "small" else f"{args.scale}-"
     plot_online(curves, scores, folder / f"{prefix}online.png")
     plot_offline(scores, ours, folder / f"{prefix}offline.png")

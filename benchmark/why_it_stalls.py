@@ -3,7 +3,8 @@
     python benchmark/why_it_stalls.py --env-id coinrun --seeds 1 2 3      # after benchmark/experiments.sh small offline coinrun 1 2 3
 
 The demonstrator acts at random, so what counts is the probability that a step gives the action it took: mean cross-entropy (nats)
-on test frames, which no label comes from. Against the number of labels:
+on test frames, which no label comes from. Twice: of the 15 actions, and of what they do, as some do the same (found by trying all of them
+from the same states). Against the number of labels:
 
     idm latent          decoder(IDM(o_{t-1}, o_t, o_{t+1})): sees what happened next. Its floor is what the latent does not tell.
     policy latent       the paper's: the same decoder on pi(o_t), the mean of the latents that may follow o_t. The gap to the line above
@@ -13,13 +14,17 @@ on test frames, which no label comes from. Against the number of labels:
     two steps           the same, and the decoder sees z_t and z_{t+1} (--latent-steps 2)
     policy features     a decoder of the policy's latent and features, on the labels alone (--decoder-features): does not need the latent
                         to tell the action
+    latent and features the same with the IDM's latent beside them: what the latent tells beyond o_t. Cannot act, as it sees the future
     labels spread       the paper's, on labels spread over the latents (--choose-labels spread)
     fine-tuned          policy features, then the whole policy through that decoder on the labels (--finetune all), ten passes and at
                         least 200 updates
     from scratch        cloning, a policy of the same size on the labels alone, as long
 
-All decoders but those two have as many updates as cross-validation on their labels asks for. Writes
-benchmark/results/why-it-stalls-ENV_ID.{json,png}.
+Two lines do not depend on labels: the demonstrator's own entropy, below which nothing gets that sees only o_t; and what would be left of it
+for somebody who knew the game's state and saw o_{t+1} without loss, by the simulator.
+
+Decoders on labels have as many updates as cross-validation on them asks for, at most 1,600; those that learn 65,536 decoded frames, which
+do not run out, have 1,500. Writes benchmark/results/why-it-stalls-ENV_ID.{json,png}.
 """
 
 import copy
@@ -43,11 +48,13 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import lapo_decode as stage  # noqa: E402
+from collect_expert_data import Agent, get_env_state, set_env_state  # noqa: E402
 
 LOOKS = {
     "frequencies of actions": ("#999999", ":", None), "idm latent": ("#009E73", "-", "s"), "policy latent": ("#0072B2", "-", "o"),
     "labels spread": ("#D55E00", "--", "D"),
     "averaged after": ("#56B4E9", "--", "v"), "two steps": ("#E69F00", "--", "P"), "policy features": ("#CC79A7", "-", "^"),
+    "latent and features": ("#F0E442", "-", "p"),
     "fine-tuned": ("#000000", "-", "*"), "from scratch": ("#999999", "-", "X"),
 }  # fmt: skip
 
@@ -66,6 +73,10 @@ class Args:
     """label counts"""
     num_draws: int = 2
     """draws of the labels"""
+    expert_checkpoint: str | None = None
+    """the demonstrator; default experts/ENV_ID.pt"""
+    num_states: int = 1024
+    """situations of its play in which all actions are tried"""
     out: str = str(ROOT / "benchmark" / "results")
     """where JSON and picture go"""
 
@@ -96,24 +107,77 @@ def encode(bc_path, data_dir, data_meta, split):
     return (z, torch.cat([z, z_next], 1), latent, seen, actions), frames, t, policy
 
 
-def cross_entropy(decoder, x, actions):
-    with torch.no_grad():
-        return F.cross_entropy(decoder(x), actions).item()
+@torch.no_grad()
+def try_actions(env_id, expert_path, data_meta, num_states, held=4):
+    """From situations of the demonstrator's play, every action tried in the simulator, from the same saved state.
+
+    Returns the demonstrator's probabilities (S, 15); which actions lead to the same next frame (S, 15), named by the first of them; and
+    which do the same in every situation, also when held for `held` steps: groups (15,), named by the first.
+    """
+    expert = torch.load(expert_path, weights_only=True)
+    agent = Agent(expert["meta"]["args"]["scale"]).eval()
+    agent.load_state_dict(expert["model"])
+    levels = data_meta["num_levels"], data_meta["start_level"]
+    env, trial = stage.make_env(env_id, 16, *levels, 1), stage.make_env(env_id, 15, *levels, 1)
+    probabilities, same_frame, same = [], [], np.ones((15, 15), dtype=bool)
+    progress = tqdm(total=num_states, desc="trying all actions", unit="state")
+    for step in range(10**9):
+        shares = agent(torch.from_numpy(env.observe()[1]["rgb"]))[0].softmax(-1)
+        if step % 8 == 7:
+            for state, share in zip(get_env_state(env), shares):
+                set_env_state(trial, [state] * 15)
+                equal = np.ones((15, 15), dtype=bool)
+                for i in range(held):
+                    trial.act(np.arange(15, dtype=np.int32))
+                    frames = trial.observe()[1]["rgb"]
+                    equal &= (frames[:, None] == frames[None]).all((2, 3, 4))
+                    if i == 0:
+                        same_frame.append(equal.argmax(1))  # the first action that leads to the same frame
+                same &= equal
+                probabilities.append(share)
+                progress.update()
+        if len(probabilities) >= num_states:
+            break
+        env.act(torch.multinomial(shares, 1).squeeze(-1).numpy().astype(np.int32))
+    progress.close()
+    return torch.stack(probabilities), torch.from_numpy(np.array(same_frame)), torch.from_numpy(same.argmax(1))
 
 
-def learned_from_frames(model, obs, actions, obs_test, actions_test):
-    """Held-out cross-entropy of a network trained on frames (n, 64, 64, 3) and actions (n,): ten passes and at least 200 updates."""
+def merged(probabilities, groups):
+    """Probabilities (n, 15) of actions -> those of groups (15,) of actions; a group stands where its first action did."""
+    return torch.zeros_like(probabilities).index_add_(1, groups, probabilities)
+
+
+def entropies(probabilities, same_frame):
+    """The demonstrator's entropy, and the one left to somebody who also knows which actions the next frame allows; nats, means over states."""
+    log = probabilities.clamp_min(1e-12).log()
+    allowed = torch.zeros_like(probabilities).scatter_add_(1, same_frame, probabilities).gather(1, same_frame)
+    return -(probabilities * log).sum(1).mean().item(), -(probabilities * (log - allowed.clamp_min(1e-12).log())).sum(1).mean().item()
+
+
+@torch.no_grad()
+def logits_of(decoder, x):
+    return decoder(x)
+
+
+def cross_entropy(logits, actions, groups):
+    """Mean negative log-probability (nats) of the actions (n,) taken, and of what they do: of their groups (15,)."""
+    p = logits.double().softmax(-1)
+    return [-share.gather(1, a[:, None]).log().mean().item() for share, a in ((p, actions), (merged(p, groups), groups[actions]))]
+
+
+def learned_from_frames(model, obs, actions, obs_test):
+    """Logits on held-out frames (n, 64, 64, 3) of a network trained on frames and actions: ten passes and at least 200 updates."""
     autocast = torch.autocast("cpu", torch.bfloat16)
     updates = max(200, -(-10 * len(obs) // 64))
     model = stage.fit(model.to(memory_format=torch.channels_last), obs, actions, updates, 5e-4, 64, stage.Args(), autocast)
     with torch.no_grad(), autocast:
-        logits = torch.cat([model(chunk).float() for chunk in obs_test.split(512)])
-    return F.cross_entropy(logits, actions_test).item()
+        return torch.cat([model(chunk).float() for chunk in obs_test.split(512)])
 
 
 def best_updates(build, x, actions, updates, *how):
-    """The number of updates, among `updates` and its halves down to 1/32, after which build()'s decoders do best on labels they have not seen."""
-    candidates = sorted({max(1, updates >> i) for i in range(6)})
+    """The number of updates, among `updates` and its quarters down to 1/64, after which build()'s decoders do best on labels they have not seen."""
+    candidates = sorted({max(1, updates >> i) for i in (0, 2, 4, 6)})
     loss = dict.fromkeys(candidates, 0.0)
     for held_out in torch.randperm(len(x), device=x.device).chunk(min(5, len(x))):
         kept = torch.ones(len(x), dtype=torch.bool, device=x.device)
@@ -128,7 +192,7 @@ def best_updates(build, x, actions, updates, *how):
 def learned(x, actions, how):
     """A decoder fitted on inputs x (n, ...) and actions (n,), with cross-validated updates."""
     build = partial(stage.Decoder, x.shape[1], (192, 128, 64))
-    return stage.fit(build(), x, actions, best_updates(build, x, actions, 200, *how), *how)
+    return stage.fit(build(), x, actions, best_updates(build, x, actions, 1600, *how), *how)
 
 
 if __name__ == "__main__":
@@ -136,7 +200,12 @@ if __name__ == "__main__":
     data_dir = Path(args.data_dir or Path(args.runs_dir) / "data" / args.env_id)
     data_meta = stage.load_meta(data_dir, args.env_id)
     how = (1e-3, 512, stage.Args(), torch.autocast("cpu", enabled=False))
-    losses = {name: np.zeros((len(args.seeds), args.num_draws, len(args.num_labels))) for name in LOOKS}
+    expert_path = Path(args.expert_checkpoint or ROOT / "experts" / f"{args.env_id}.pt")
+    if not expert_path.exists():
+        sys.exit(f"error: no demonstrator at {expert_path}: name the one that made the data with --expert-checkpoint")
+    probabilities, same_frame, groups = try_actions(args.env_id, expert_path, data_meta, args.num_states)
+    floors = [entropies(probabilities, same_frame), entropies(merged(probabilities, groups), groups[same_frame])]
+    losses = {name: np.zeros((2, len(args.seeds), args.num_draws, len(args.num_labels))) for name in LOOKS}
 
     for i, seed in enumerate(args.seeds):
         bc_path = Path(args.runs_dir) / f"{args.env_id}__lapo_bc__{seed}" / "checkpoint.pt"
@@ -158,57 +227,59 @@ if __name__ == "__main__":
                 p = order[:n]
 
                 frequencies = (torch.bincount(actions[p], minlength=15) + 1) / (n + 15)
-                found = {"frequencies of actions": -frequencies.log()[actions_test].mean().item()}
-                decoder = learned(z[p], actions[p], how)
-                found |= {
-                    "idm latent": cross_entropy(decoder, z_test, actions_test),
-                    "policy latent": cross_entropy(decoder, latent_test, actions_test),
+                of_idm, of_both = learned(z[p], actions[p], how), learned(z2[p], actions[p], how)
+                of_features = learned(seen[p], actions[p], how)
+                logits = {
+                    "frequencies of actions": frequencies.log().expand(len(actions_test), -1),
+                    "idm latent": logits_of(of_idm, z_test),
+                    "policy latent": logits_of(of_idm, latent_test),
+                    "labels spread": logits_of(learned(z[spread[:n]], actions[spread[:n]], how), latent_test),
+                    "policy features": logits_of(of_features, seen_test),
+                    "latent and features": logits_of(learned(torch.cat([z, seen], 1)[p], actions[p], how), torch.cat([z_test, seen_test], 1)),
                 }
-                found["labels spread"] = cross_entropy(learned(z[spread[:n]], actions[spread[:n]], how), latent_test, actions_test)
-                for name, first, x in (("averaged after", decoder, z), ("two steps", learned(z2[p], actions[p], how), z2)):
-                    with torch.no_grad():
-                        soft = first(x).softmax(-1)
-                    second = stage.fit(stage.Decoder(seen.shape[1], (192, 128, 64)), seen, soft, 1500, *how)
-                    found[name] = cross_entropy(second, seen_test, actions_test)
-                decoder = learned(seen[p], actions[p], how)
-                found["policy features"] = cross_entropy(decoder, seen_test, actions_test)
-                decoder.mean.copy_(mean)
-                decoder.std.copy_(std)
-                tuned = stage.DecodedPolicy(copy.deepcopy(policy), decoder, True)
+                for name, first, x in (("averaged after", of_idm, z), ("two steps", of_both, z2)):
+                    second = stage.fit(stage.Decoder(seen.shape[1], (192, 128, 64)), seen, logits_of(first, x).softmax(-1), 1500, *how)
+                    logits[name] = logits_of(second, seen_test)
+                of_features.mean.copy_(mean)  # from here on it sees what the policy computes as it is
+                of_features.std.copy_(std)
+                tuned = stage.DecodedPolicy(copy.deepcopy(policy), of_features, True)
                 for name, network in (("fine-tuned", tuned), ("from scratch", stage.ScratchPolicy(scale))):
-                    obs = torch.from_numpy(frames[t[p]])
-                    found[name] = learned_from_frames(network, obs, actions[p], obs_test, actions_test)
-                for name, loss in found.items():
-                    losses[name][i, draw, j] = loss
+                    logits[name] = learned_from_frames(network, torch.from_numpy(frames[t[p]]), actions[p], obs_test)
+                for name, of_actions in logits.items():
+                    losses[name][:, i, draw, j] = cross_entropy(of_actions, actions_test, groups)
 
-    fig, ax = plt.subplots(figsize=(7, 4.6))
-    for name, (color, line, marker) in LOOKS.items():
-        y = losses[name].reshape(-1, len(args.num_labels))
-        ax.plot(args.num_labels, y.mean(0), line, color=color, marker=marker, ms=5, label=name)
-        ax.fill_between(args.num_labels, y.min(0), y.max(0), color=color, alpha=0.12, lw=0)
-    ax.set_xscale("log", base=2)
-    ax.set(
-        xlabel="labelled frames",
-        ylabel="cross-entropy of the demonstrator's action (nats)",
-        title=f"{args.env_id}, seeds: {len(args.seeds)}, draws: {args.num_draws}",
-    )
-    ax.legend(fontsize=8)
-    fig.text(
-        0.5,
-        -0.02,
-        "Held-out frames; lower is better; bands: lowest to highest. Look for what goes on falling where the blue line stops.",
-        ha="center",
-        fontsize=9,
-    )
+    what = ("the action", "what the action does")
+    fig, axes = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    for k, ax in enumerate(axes):
+        for name, (color, line, marker) in LOOKS.items():
+            y = losses[name][k].reshape(-1, len(args.num_labels))
+            ax.plot(args.num_labels, y.mean(0), line, color=color, marker=marker, ms=5, label=name)
+            ax.fill_between(args.num_labels, y.min(0), y.max(0), color=color, alpha=0.12, lw=0)
+        for floor, line, label in zip(floors[k], ("--", ":"), ("the demonstrator's entropy", "of it, what the next frame does not tell")):
+            ax.axhline(floor, color="black", ls=line, lw=1, label=label)
+        ax.set_xscale("log", base=2)
+        ax.set(xlabel="labelled frames", ylabel=f"cross-entropy of {what[k]} (nats)")
+    effects = len(groups.unique())
+    axes[0].set_title(f"{args.env_id}: 15 actions (seeds: {len(args.seeds)}, draws: {args.num_draws})")
+    axes[1].set_title(f"{args.env_id}: those that do the same as one ({effects})")
+    axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    caption = "Held-out frames; lower is better; bands: lowest to highest. Look for what goes on falling where the dark blue line stops."
+    fig.text(0.5, -0.02, caption, ha="center", va="top", fontsize=9)
     path = Path(args.out) / f"why-it-stalls-{args.env_id}"
     fig.savefig(f"{path}.png", dpi=110, bbox_inches="tight")
+    of = ("actions", "effects")
     report = {
         "env_id": args.env_id, "seeds": args.seeds, "num_labels": args.num_labels, "test_frames": len(actions_test), "torch": torch.__version__,
-        "cross_entropy": {name: losses[name].mean((0, 1)).round(4).tolist() for name in LOOKS},
-        "each": {name: x.round(4).tolist() for name, x in losses.items()},
+        "states": len(probabilities), "groups": groups.tolist(),
+        "demonstrator_entropy": {k: round(floor[0], 4) for k, floor in zip(of, floors)},
+        "entropy_given_next_frame": {k: round(floor[1], 4) for k, floor in zip(of, floors)},
+        "cross_entropy": {k: {name: losses[name][i].mean((0, 1)).round(4).tolist() for name in LOOKS} for i, k in enumerate(of)},
+        "each": {k: {name: losses[name][i].round(4).tolist() for name in LOOKS} for i, k in enumerate(of)},
     }  # fmt: skip
     Path(f"{path}.json").write_text(json.dumps(report))
-    print(f"{'labels':24s}" + "".join(f"{n:8d}" for n in args.num_labels))
-    for name in LOOKS:
-        print(f"{name:24s}" + "".join(f"{x:8.3f}" for x in losses[name].mean((0, 1))))
+    for k, name in enumerate(what):
+        print(f"\ncross-entropy of {name}; the demonstrator's entropy {floors[k][0]:.3f}, of which the next frame does not tell {floors[k][1]:.3f}")
+        print(f"{'labels':24s}" + "".join(f"{n:8d}" for n in args.num_labels))
+        for line in LOOKS:
+            print(f"{line:24s}" + "".join(f"{x:8.3f}" for x in losses[line][k].mean((0, 1))))
     print(f"wrote {path}.json and .png")
