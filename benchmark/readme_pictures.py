@@ -1,6 +1,6 @@
-"""README.md's pictures of the quickstart, from its runs and lapo_inspect.py's report on them: `make pictures` makes that report and runs this.
+"""README.md's pictures and numbers of the quickstart, from its runs and lapo_inspect.py's report on them, all of which `make pictures` runs.
 
-python benchmark/readme_pictures.py        # runs/quickstart -> docs/{quickstart.png,latents.png,dreams.gif,agent.gif}
+python benchmark/readme_pictures.py    # runs/quickstart -> docs/{quickstart.png,latents.png,dreams.gif,agent.gif}, results/quickstart.json
 """
 
 import json
@@ -23,6 +23,8 @@ class Args:
     """where the runs lie"""
     out: str = str(ROOT / "docs")
     """where the pictures go"""
+    numbers: str = str(ROOT / "benchmark" / "results" / "quickstart.json")
+    """where the numbers go, which a test compares README.md with"""
     film_frames: int = 75
     """the agent's film is cut after so many frames (15 a second)"""
 
@@ -30,14 +32,17 @@ class Args:
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     runs, out = Path(args.runs_dir), Path(args.out)
-    inspect, decode = runs / f"{args.env_id}__lapo_inspect__1", runs / f"{args.env_id}__lapo_decode__1"
+    pretrain, inspect, decode = (runs / f"{args.env_id}__{stage}__1" for stage in ("lapo_pretrain", "lapo_inspect", "lapo_decode"))
     copies = {runs / "report.png": "quickstart.png", inspect / "latents.png": "latents.png", inspect / "rollouts.gif": "dreams.gif"}
     film = decode / "lapo_decoder.gif"
-    missing = [str(path) for path in (*copies, film) if not path.exists()]
+    missing = [str(path) for path in (*copies, film, pretrain / "results.json") if not path.exists()]
     if missing:
         sys.exit(f"error: {', '.join(missing)} missing: run `make quickstart`, then `make pictures`")
-    if (found := json.loads((runs / "results.json").read_text())["env_id"]) != args.env_id:
+    results, pretrained = (json.loads((folder / "results.json").read_text()) for folder in (runs, pretrain))
+    if (found := results["env_id"]) != args.env_id:
         sys.exit(f"error: the last quickstart in {runs} was {found}'s, expected {args.env_id}'s: run `make quickstart ENV_ID={args.env_id}`")
+    results |= {key: pretrained[key] for key in ("latent_space", "picture_seconds", "commit", "device_name")}
+    Path(args.numbers).write_text(json.dumps(results))
     out.mkdir(parents=True, exist_ok=True)
     for source, name in copies.items():
         shutil.copyfile(source, out / name)

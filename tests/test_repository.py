@@ -1,6 +1,7 @@
 """The repository keeps its own rules: repeated definitions are identical, stages stand alone, and dependencies are declared once."""
 
 import ast
+import json
 import re
 import sys
 from collections import defaultdict
@@ -113,3 +114,28 @@ def test_pictures_are_small():
     assert 0 < sum(path.stat().st_size for path in pictures) < 5e6
     readme = (ROOT / "README.md").read_text()
     assert all(f"](docs/{path.name})" in readme for path in (ROOT / "docs").iterdir())
+
+
+def test_readme_numbers():
+    """README's tables say what benchmark/results holds: the quickstart's scores and mutual information, and the table of experiments."""
+    readme, folder = (ROOT / "README.md").read_text(), ROOT / "benchmark" / "results"
+    found = json.loads((folder / "quickstart.json").read_text())
+    names = {
+        "random": "random",
+        "bc_from_scratch": "behaviour cloning from scratch",
+        "lapo_decoder": "**LAPO + decoder**",
+        "demonstrator": "demonstrator",
+    }
+    for row in found["rows"]:
+        score = f"{row['return_mean']:.2f} ± {row['return_stderr']:.2f} | {row['episodes']}"
+        shares = f"{row['relative_return']:.2f} | {row['relative_to_demonstrator']:.2f}"
+        assert f"| {names.get(row['method'], row['method'])} | {score} | {shares} |" in readme
+    for method in ("lapo_decoder", "bc_from_scratch"):
+        shares = [row["relative_to_demonstrator"] for row in found["curve"] if row["method"] == method]
+        assert f"| {names[method]} | {' | '.join(f'{share:.2f}'.replace('-', '−') for share in shares)} |" in readme
+    space = found["latent_space"]
+    assert (
+        "{:.2f} trained, {:.2f} untrained, {:.2f} trained".format(*(space[of]["nmi"] for of in ("trained", "untrained_idm", "shuffled_actions")))
+        in readme
+    )
+    assert all(line in readme for line in (folder / "summary.md").read_text().splitlines()[2:])
