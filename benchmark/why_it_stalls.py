@@ -23,7 +23,7 @@ from the same states). Against the number of labels:
 Two lines do not depend on labels: the demonstrator's own entropy, below which nothing gets that sees only o_t; and what would be left of it
 for somebody who knew the game's state and saw o_{t+1} without loss, by the simulator.
 
-Decoders on labels have as many updates as cross-validation on them asks for, at most 1,600; those that learn 65,536 decoded frames, which
+Decoders on labels have as many updates as cross-validation on them asks for, at most 800; those that learn 65,536 decoded frames, which
 do not run out, have 1,500. Writes benchmark/results/why-it-stalls-ENV_ID.{json,png}.
 """
 
@@ -192,7 +192,7 @@ def best_updates(build, x, actions, updates, *how):
 def learned(x, actions, how):
     """A decoder fitted on inputs x (n, ...) and actions (n,), with cross-validated updates."""
     build = partial(stage.Decoder, x.shape[1], (192, 128, 64))
-    return stage.fit(build(), x, actions, best_updates(build, x, actions, 1600, *how), *how)
+    return stage.fit(build(), x, actions, best_updates(build, x, actions, 800, *how), *how)
 
 
 if __name__ == "__main__":
