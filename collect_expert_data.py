@@ -53,7 +53,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 FORMAT_VERSION = 1  # of checkpoints and datasets
-NOT_COMPARED = {"resume", "overwrite", "track", "wandb_project_name", "wandb_entity", "checkpoint_seconds"}  # may change when a run goes on
+NOT_COMPARED = {"resume", "overwrite", "verify", "track", "wandb_project_name", "wandb_entity", "checkpoint_seconds"}  # may change when a run goes on
 # numbers in checkpoints that networks are built from
 SIZES = {"scale", "idm_scale", "policy_scale", "vq_num_codebooks", "vq_num_slots", "vq_dim"}
 LOCKS = []  # open files, locked as long as this process lives
@@ -247,7 +247,7 @@ def refuse_bad_numbers(run_dir, update, batch, numbers):
     found = ", ".join(f"{name} {value}" for name, value in numbers.items())
     sys.exit(
         f"error: update {update} met numbers that are not finite ({found}); its batch is in {run_dir}/bad_batch.json, the checkpoint of the last "
-        "good update is intact: lower --learning-rate or try --no-bf16 with --overwrite, or look at these frames"
+        "good update is intact: lower the learning rate or try --no-bf16, with --overwrite, or (pretraining, cloning) look at these frames"
     )
 
 
@@ -355,6 +355,11 @@ def require(args, **minimum):
             sys.exit(f"error: --{name.replace('_', '-')} is {value}, expected at least {least}")
 
 
+def same_place(args, *names):
+    """The flags among `names` that are not at their defaults, for a command about what lies at the same place."""
+    return "".join(f" --{n.replace('_', '-')} {shlex.quote(str(getattr(args, n)))}" for n in names if getattr(args, n) != getattr(Args, n))
+
+
 def read_tensors(path):
     """A file of save_checkpoint's. Runs no code from it and takes no more memory than it has bytes; raises some exception if it is something else."""
     with zipfile.ZipFile(path) as archive:
@@ -377,7 +382,8 @@ def one_sentence(kind, error, traceback):
     if issubclass(kind, OSError):
         where = error.filename or "a file of this run"
         print(
-            f"error: {where}: {error.strerror or error}; what was saved before is intact: mend that, then run the same command again", file=sys.stderr
+            f"error: {where}: {error.strerror or error}; what was saved before is intact: mend that, then run it again, without --overwrite",
+            file=sys.stderr,
         )
     else:
         sys.__excepthook__(kind, error, traceback)
@@ -397,8 +403,13 @@ def lock_folder(folder):
     LOCKS.append(lock)
 
 
-def start_run(run_dir, args):
-    """The run folder, locked for this process: its log writer, and the state of an unfinished run with the same arguments or None."""
+def start_run(run_dir, args, inputs):
+    """The run folder, locked for this process: its log writer, and the state of an unfinished run with the same arguments or None.
+
+    inputs, {flag: checksum}, is what the run starts from; its states must hold the same.
+    """
+    if args.resume and args.overwrite:
+        sys.exit("error: --resume goes on with a run and --overwrite starts it afresh: give one of them")
     if args.track:
         try:
             import wandb
@@ -418,7 +429,8 @@ def start_run(run_dir, args):
             if type(meta["format_version"]) is int and meta["format_version"] != FORMAT_VERSION:
                 found = f"format_version {meta['format_version']}, expected {FORMAT_VERSION}"
                 sys.exit(f"error: {resume_path} has {found}: finish the run with the version that began it, {mend}")
-            if not isinstance(meta["args"], dict) or type(meta["wall_seconds"]) is not float or not 0 <= int(meta["step"]) < 2**62:
+            dictionaries = isinstance(meta["args"], dict) and isinstance(meta.setdefault("inputs", inputs), dict)
+            if not dictionaries or type(meta["wall_seconds"]) is not float or not 0 <= int(meta["step"]) < 2**62:
                 raise ValueError("its description is damaged")
         except Exception as e:
             sys.exit(f"error: {resume_path} cannot be read ({first_line(e)}), so that the unfinished run in its folder cannot go on: {mend}")
@@ -427,6 +439,9 @@ def start_run(run_dir, args):
         if changed:
             found = ", ".join(f"--{key.replace('_', '-')} {first_line(meta['args'].get(key))} (now {now[key]})" for key in changed)
             sys.exit(f"error: {run_dir} holds an unfinished run with other arguments, {found}: give the same to go on, {mend}")
+        changed = [flag for flag in inputs if repr(meta["inputs"].get(flag)) != repr(inputs[flag])]
+        if changed:
+            sys.exit(f"error: {run_dir} holds an unfinished run, and the file of {' and '.join(changed)} has changed since it began: {mend}")
         print(f"going on with the unfinished run in {run_dir}")
     elif args.resume:
         sys.exit(f"error: --resume, but {run_dir} holds no unfinished run: leave --resume out to start one")
@@ -511,7 +526,7 @@ def write_aside(path, write):
         with contextlib.suppress(OSError):
             tmp.unlink(missing_ok=True)
         why = getattr(e, "strerror", None) or first_line(e)
-        sys.exit(f"error: {path} cannot be written ({why}); what was saved before is intact: make room there, then run the same command again")
+        sys.exit(f"error: {path} cannot be written ({why}); what was saved before is intact: make room there, then run it again, without --overwrite")
 
 
 def load_checkpoint(path, stage, env_id, made_by, parts=()):
@@ -539,6 +554,9 @@ def load_checkpoint(path, stage, env_id, made_by, parts=()):
             missing.append(part)
     if missing:
         sys.exit(f"error: {path} lacks or misstates {', '.join(missing)}: make it again with `{made_by}`")
+    done, planned = meta.get("updates"), meta["args"].get("num_updates")
+    if type(done) is type(planned) is int and done < planned:
+        print(f"warning: {path} is of an unfinished run, after {done} of {planned} updates", file=sys.stderr)
     return checkpoint
 
 
@@ -574,7 +592,7 @@ def allocate(path, dtype, shape):
             os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
     except OSError as e:
         gb = np.dtype(dtype).itemsize * math.prod(shape) / 1e9
-        sys.exit(f"error: {path} cannot be made ({e.strerror}), it takes {gb:.3g} GB: make room there, then run the same command again")
+        sys.exit(f"error: {path} cannot be made ({e.strerror}), it takes {gb:.3g} GB: make room there, then run it again, without --overwrite")
     return array
 
 
@@ -682,11 +700,6 @@ if __name__ == "__main__":
         sys.exit(f"error: --num-minibatches {args.num_minibatches} does not divide num_envs x num_steps = {batch_size}: choose a divisor")
     data_dir = Path(args.data_dir or f"data/{args.env_id}")
     run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
-    for last in [run_dir / "results.json"] + [data_dir / "meta.json"] * (args.num_train_frames > 0):
-        # an unfinished run may have been interrupted after its last file but one, the dataset's meta.json
-        own = last.name == "meta.json" and (run_dir / "resume.pt").exists() and written_by(last, args)
-        if last.exists() and not own and not args.overwrite:
-            sys.exit(f"error: {last.parent} already holds a finished run: add --overwrite to replace it, or choose another place")
     for split, n in (("train", args.num_train_frames), ("test", args.num_test_frames)):
         if args.num_train_frames and n < 3 * args.num_envs:
             sys.exit(f"error: --num-{split}-frames {n} is less than 3 frames (one window) for each of {args.num_envs} envs: ask for more")
@@ -698,14 +711,20 @@ if __name__ == "__main__":
         loaded = load_checkpoint(args.expert_checkpoint or args.init_checkpoint, "collect_expert_data", args.env_id, command, ("model",))
         args.scale = loaded["meta"]["args"].get("scale")
         demonstrator = load_network(lambda: Agent(args.scale), loaded["model"], args.expert_checkpoint or args.init_checkpoint, command)
+    for last in [run_dir / "results.json"] + [data_dir / "meta.json"] * (args.num_train_frames > 0):
+        # an unfinished run may have been interrupted after its last file but one, the dataset's meta.json
+        own = last.name == "meta.json" and (run_dir / "resume.pt").exists() and written_by(last, args)
+        if last.exists() and not own and not args.overwrite:
+            sys.exit(f"error: {last.parent} already holds a finished run: add --overwrite to replace it, or choose another place")
     num_levels, start_level = (
         (loaded["meta"][key] if loaded else 0) if given is None else given
         for key, given in (("num_levels", args.num_levels), ("start_level", args.start_level))
     )
 
+    inputs = {"--expert-checkpoint or --init-checkpoint": checksum(args.expert_checkpoint or args.init_checkpoint)} if loaded else {}
     if args.num_train_frames:
         lock_folder(data_dir)
-    writer, state = start_run(run_dir, args)
+    writer, state = start_run(run_dir, args, inputs)
     if args.num_train_frames and not state:
         (data_dir / "meta.json").unlink(missing_ok=True)  # no meta.json, no dataset: an interrupted one cannot pass for whole
 
@@ -732,7 +751,7 @@ if __name__ == "__main__":
 
     def save(**states):
         """Everything that an interrupted run goes on from."""
-        progress_meta = {**done, "wall_seconds": time.time() - start_time}
+        progress_meta = {**done, "inputs": inputs, "wall_seconds": time.time() - start_time}
         writer.flush()
         save_checkpoint(run_dir / "resume.pt", {**meta, **progress_meta}, rng=get_rng_state(generator), agent=agent.state_dict(), **states)
         checkpointer.saved(run_dir)
@@ -899,4 +918,5 @@ if __name__ == "__main__":
     (run_dir / "resume.pt").unlink(missing_ok=True)
     writer.close()
     print(f"demonstrator on {args.env_id}: return {mean:.2f} +- {stderr:.2f} over {args.eval_episodes} episodes")
-    print(f"wrote {run_dir}" + (f" and {data_dir}; next: python lapo_pretrain.py --env-id {args.env_id}" if args.num_train_frames else ""))
+    following = f" and {data_dir}; next: python lapo_pretrain.py --env-id {args.env_id}{same_place(args, 'data_dir', 'runs_dir', 'seed')}"
+    print(f"wrote {run_dir}" + (following if args.num_train_frames else ""))

@@ -49,7 +49,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm, trange
 
 FORMAT_VERSION = 1  # of checkpoints and datasets
-NOT_COMPARED = {"resume", "overwrite", "track", "wandb_project_name", "wandb_entity", "checkpoint_seconds"}  # may change when a run goes on
+NOT_COMPARED = {"resume", "overwrite", "verify", "track", "wandb_project_name", "wandb_entity", "checkpoint_seconds"}  # may change when a run goes on
 # numbers in checkpoints that networks are built from
 SIZES = {"scale", "idm_scale", "policy_scale", "vq_num_codebooks", "vq_num_slots", "vq_dim"}
 LOCKS = []  # open files, locked as long as this process lives
@@ -102,7 +102,7 @@ class Args:
     policy_scale: float = 4.0
     """width of the policy's IMPALA-CNN: 16, 32, 32 channels times this"""
     eval_every: int = 1000
-    """updates between evaluations on test frames and checkpoints"""
+    """updates between evaluations on test frames"""
     eval_frames: int = 4096
     """test frames in an evaluation"""
 
@@ -174,6 +174,11 @@ def require(args, **minimum):
             sys.exit(f"error: --{name.replace('_', '-')} is {value}, expected at least {least}")
 
 
+def same_place(args, *names):
+    """The flags among `names` that are not at their defaults, for a command about what lies at the same place."""
+    return "".join(f" --{n.replace('_', '-')} {shlex.quote(str(getattr(args, n)))}" for n in names if getattr(args, n) != getattr(Args, n))
+
+
 def read_tensors(path):
     """A file of save_checkpoint's. Runs no code from it and takes no more memory than it has bytes; raises some exception if it is something else."""
     with zipfile.ZipFile(path) as archive:
@@ -196,7 +201,8 @@ def one_sentence(kind, error, traceback):
     if issubclass(kind, OSError):
         where = error.filename or "a file of this run"
         print(
-            f"error: {where}: {error.strerror or error}; what was saved before is intact: mend that, then run the same command again", file=sys.stderr
+            f"error: {where}: {error.strerror or error}; what was saved before is intact: mend that, then run it again, without --overwrite",
+            file=sys.stderr,
         )
     else:
         sys.__excepthook__(kind, error, traceback)
@@ -216,8 +222,13 @@ def lock_folder(folder):
     LOCKS.append(lock)
 
 
-def start_run(run_dir, args):
-    """The run folder, locked for this process: its log writer, and the state of an unfinished run with the same arguments or None."""
+def start_run(run_dir, args, inputs):
+    """The run folder, locked for this process: its log writer, and the state of an unfinished run with the same arguments or None.
+
+    inputs, {flag: checksum}, is what the run starts from; its states must hold the same.
+    """
+    if args.resume and args.overwrite:
+        sys.exit("error: --resume goes on with a run and --overwrite starts it afresh: give one of them")
     if args.track:
         try:
             import wandb
@@ -237,7 +248,8 @@ def start_run(run_dir, args):
             if type(meta["format_version"]) is int and meta["format_version"] != FORMAT_VERSION:
                 found = f"format_version {meta['format_version']}, expected {FORMAT_VERSION}"
                 sys.exit(f"error: {resume_path} has {found}: finish the run with the version that began it, {mend}")
-            if not isinstance(meta["args"], dict) or type(meta["wall_seconds"]) is not float or not 0 <= int(meta["step"]) < 2**62:
+            dictionaries = isinstance(meta["args"], dict) and isinstance(meta.setdefault("inputs", inputs), dict)
+            if not dictionaries or type(meta["wall_seconds"]) is not float or not 0 <= int(meta["step"]) < 2**62:
                 raise ValueError("its description is damaged")
         except Exception as e:
             sys.exit(f"error: {resume_path} cannot be read ({first_line(e)}), so that the unfinished run in its folder cannot go on: {mend}")
@@ -246,6 +258,9 @@ def start_run(run_dir, args):
         if changed:
             found = ", ".join(f"--{key.replace('_', '-')} {first_line(meta['args'].get(key))} (now {now[key]})" for key in changed)
             sys.exit(f"error: {run_dir} holds an unfinished run with other arguments, {found}: give the same to go on, {mend}")
+        changed = [flag for flag in inputs if repr(meta["inputs"].get(flag)) != repr(inputs[flag])]
+        if changed:
+            sys.exit(f"error: {run_dir} holds an unfinished run, and the file of {' and '.join(changed)} has changed since it began: {mend}")
         print(f"going on with the unfinished run in {run_dir}")
     elif args.resume:
         sys.exit(f"error: --resume, but {run_dir} holds no unfinished run: leave --resume out to start one")
@@ -330,7 +345,7 @@ def write_aside(path, write):
         with contextlib.suppress(OSError):
             tmp.unlink(missing_ok=True)
         why = getattr(e, "strerror", None) or first_line(e)
-        sys.exit(f"error: {path} cannot be written ({why}); what was saved before is intact: make room there, then run the same command again")
+        sys.exit(f"error: {path} cannot be written ({why}); what was saved before is intact: make room there, then run it again, without --overwrite")
 
 
 def load_checkpoint(path, stage, env_id, made_by, parts=()):
@@ -358,6 +373,9 @@ def load_checkpoint(path, stage, env_id, made_by, parts=()):
             missing.append(part)
     if missing:
         sys.exit(f"error: {path} lacks or misstates {', '.join(missing)}: make it again with `{made_by}`")
+    done, planned = meta.get("updates"), meta["args"].get("num_updates")
+    if type(done) is type(planned) is int and done < planned:
+        print(f"warning: {path} is of an unfinished run, after {done} of {planned} updates", file=sys.stderr)
     return checkpoint
 
 
@@ -378,7 +396,7 @@ def load_network(build, state, path, made_by):
 
 def load_meta(data_dir, env_id):
     """A dataset's meta.json; refuses, in one sentence, what is missing, of another game or of another format."""
-    command = f"python collect_expert_data.py --env-id {env_id}"
+    command = f"python collect_expert_data.py --env-id {env_id}" + f" --data-dir {data_dir}" * (str(data_dir) != f"data/{env_id}")
     try:
         meta = json.loads((Path(data_dir) / "meta.json").read_text())
     except OSError:
@@ -461,7 +479,7 @@ def allocate(path, dtype, shape):
             os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
     except OSError as e:
         gb = np.dtype(dtype).itemsize * math.prod(shape) / 1e9
-        sys.exit(f"error: {path} cannot be made ({e.strerror}), it takes {gb:.3g} GB: make room there, then run the same command again")
+        sys.exit(f"error: {path} cannot be made ({e.strerror}), it takes {gb:.3g} GB: make room there, then run it again, without --overwrite")
     return array
 
 
@@ -490,7 +508,7 @@ def refuse_bad_numbers(run_dir, update, batch, numbers):
     found = ", ".join(f"{name} {value}" for name, value in numbers.items())
     sys.exit(
         f"error: update {update} met numbers that are not finite ({found}); its batch is in {run_dir}/bad_batch.json, the checkpoint of the last "
-        "good update is intact: lower --learning-rate or try --no-bf16 with --overwrite, or look at these frames"
+        "good update is intact: lower the learning rate or try --no-bf16, with --overwrite, or (pretraining, cloning) look at these frames"
     )
 
 
@@ -529,7 +547,7 @@ if __name__ == "__main__":
     if (run_dir / "results.json").exists() and not args.overwrite:
         sys.exit(f"error: {run_dir} already holds a finished run: add --overwrite to replace it, or choose another --exp-name or --seed")
     pretrain_path = args.pretrain_checkpoint or Path(args.runs_dir) / f"{args.env_id}__lapo_pretrain__{args.seed}" / "checkpoint.pt"
-    made_by = f"python lapo_pretrain.py --env-id {args.env_id}"
+    made_by = f"python lapo_pretrain.py --env-id {args.env_id}" + same_place(args, "data_dir", "runs_dir", "seed")
     pretrained = load_checkpoint(pretrain_path, "lapo_pretrain", args.env_id, made_by, ("idm",))
     pretrain_args = pretrained["meta"]["args"]
     idm = load_network(lambda: IDM(pretrain_args["idm_scale"], num_latents(pretrain_args)), pretrained["idm"], pretrain_path, made_by)
@@ -543,7 +561,8 @@ if __name__ == "__main__":
         if len(t) < args.batch_size:
             sys.exit(f"error: --batch-size {args.batch_size} exceeds the {len(t)} {split} windows of {data_dir}: lower it or collect more frames")
 
-    writer, state = start_run(run_dir, args)
+    inputs = {"--pretrain-checkpoint": checksum(pretrain_path), "--data-dir": checksum(data_dir / "meta.json")}
+    writer, state = start_run(run_dir, args, inputs)
 
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -583,7 +602,7 @@ if __name__ == "__main__":
             save_checkpoint(run_dir / "checkpoint.pt", {**meta, "updates": step}, **states)
         # this last: a run that goes on from here writes the other file again
         states = {name: module.state_dict() for name, module in modules.items()}
-        progress_meta = {"step": step, "curve": curve, "labelled": labelled, "wall_seconds": time.time() - start_time}
+        progress_meta = {"step": step, "curve": curve, "labelled": labelled, "inputs": inputs, "wall_seconds": time.time() - start_time}
         writer.flush()
         save_checkpoint(run_dir / "resume.pt", {**meta, **progress_meta}, rng=get_rng_state(rng), **states)
         checkpointer.saved(run_dir)
@@ -605,9 +624,9 @@ if __name__ == "__main__":
         train_z = np.lib.format.open_memmap(latents_path, "r+") if labelled else None
     except (OSError, ValueError):
         train_z = None
-    if train_z is None or train_z.shape != shape:  # nothing labelled yet, or the file is gone
+    if train_z is None or (train_z.shape, train_z.dtype) != (shape, np.float32):  # nothing labelled yet, or the file is gone
         labelled, train_z = 0, allocate(latents_path, np.float32, shape)
-    label(train_frames, train_t, train_z, labelled, save)
+    label(train_frames, train_t, train_z, labelled, None if first_update else save)  # its states are of update 0
     train_z.flush()
     labelled = len(train_t)
     latent_mean, latent_std = mean_and_std(train_z)
@@ -664,4 +683,6 @@ if __name__ == "__main__":
     (run_dir / "resume.pt").unlink(missing_ok=True)
     writer.close()
     print(f"latent MSE on test frames {test_mse:.3g}, predicting the mean latent {mean_mse:.3g}")
-    print(f"wrote {run_dir}; next: python lapo_decode.py --env-id {args.env_id}, or python lapo_finetune_ppo.py --env-id {args.env_id}")
+    places = same_place(args, "data_dir"), same_place(args, "runs_dir", "seed")
+    print(f"wrote {run_dir}; next: python lapo_decode.py --env-id {args.env_id}{places[0]}{places[1]}")
+    print(f"or: python lapo_finetune_ppo.py --env-id {args.env_id}{places[1]}")

@@ -50,7 +50,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 FORMAT_VERSION = 1  # of checkpoints and datasets
-NOT_COMPARED = {"resume", "overwrite", "track", "wandb_project_name", "wandb_entity", "checkpoint_seconds"}  # may change when a run goes on
+NOT_COMPARED = {"resume", "overwrite", "verify", "track", "wandb_project_name", "wandb_entity", "checkpoint_seconds"}  # may change when a run goes on
 # numbers in checkpoints that networks are built from
 SIZES = {"scale", "idm_scale", "policy_scale", "vq_num_codebooks", "vq_num_slots", "vq_dim"}
 LOCKS = []  # open files, locked as long as this process lives
@@ -113,7 +113,7 @@ class Args:
     num_draws: int = 5
     """draws of the labelled frames; every row is the mean over them"""
     eval_episodes: int = 100
-    """episodes per method and label count, spread over the draws; random and demonstrator rows have at least 100 too"""
+    """episodes per method and label count, spread over the draws; random play gets at least 100"""
     num_envs: int = 50
     """the most games played in parallel"""
 
@@ -282,6 +282,11 @@ def require(args, **minimum):
             sys.exit(f"error: --{name.replace('_', '-')} is {value}, expected at least {least}")
 
 
+def same_place(args, *names):
+    """The flags among `names` that are not at their defaults, for a command about what lies at the same place."""
+    return "".join(f" --{n.replace('_', '-')} {shlex.quote(str(getattr(args, n)))}" for n in names if getattr(args, n) != getattr(Args, n))
+
+
 def read_tensors(path):
     """A file of save_checkpoint's. Runs no code from it and takes no more memory than it has bytes; raises some exception if it is something else."""
     with zipfile.ZipFile(path) as archive:
@@ -304,7 +309,8 @@ def one_sentence(kind, error, traceback):
     if issubclass(kind, OSError):
         where = error.filename or "a file of this run"
         print(
-            f"error: {where}: {error.strerror or error}; what was saved before is intact: mend that, then run the same command again", file=sys.stderr
+            f"error: {where}: {error.strerror or error}; what was saved before is intact: mend that, then run it again, without --overwrite",
+            file=sys.stderr,
         )
     else:
         sys.__excepthook__(kind, error, traceback)
@@ -324,8 +330,13 @@ def lock_folder(folder):
     LOCKS.append(lock)
 
 
-def start_run(run_dir, args):
-    """The run folder, locked for this process: its log writer, and the state of an unfinished run with the same arguments or None."""
+def start_run(run_dir, args, inputs):
+    """The run folder, locked for this process: its log writer, and the state of an unfinished run with the same arguments or None.
+
+    inputs, {flag: checksum}, is what the run starts from; its states must hold the same.
+    """
+    if args.resume and args.overwrite:
+        sys.exit("error: --resume goes on with a run and --overwrite starts it afresh: give one of them")
     if args.track:
         try:
             import wandb
@@ -345,7 +356,8 @@ def start_run(run_dir, args):
             if type(meta["format_version"]) is int and meta["format_version"] != FORMAT_VERSION:
                 found = f"format_version {meta['format_version']}, expected {FORMAT_VERSION}"
                 sys.exit(f"error: {resume_path} has {found}: finish the run with the version that began it, {mend}")
-            if not isinstance(meta["args"], dict) or type(meta["wall_seconds"]) is not float or not 0 <= int(meta["step"]) < 2**62:
+            dictionaries = isinstance(meta["args"], dict) and isinstance(meta.setdefault("inputs", inputs), dict)
+            if not dictionaries or type(meta["wall_seconds"]) is not float or not 0 <= int(meta["step"]) < 2**62:
                 raise ValueError("its description is damaged")
         except Exception as e:
             sys.exit(f"error: {resume_path} cannot be read ({first_line(e)}), so that the unfinished run in its folder cannot go on: {mend}")
@@ -354,6 +366,9 @@ def start_run(run_dir, args):
         if changed:
             found = ", ".join(f"--{key.replace('_', '-')} {first_line(meta['args'].get(key))} (now {now[key]})" for key in changed)
             sys.exit(f"error: {run_dir} holds an unfinished run with other arguments, {found}: give the same to go on, {mend}")
+        changed = [flag for flag in inputs if repr(meta["inputs"].get(flag)) != repr(inputs[flag])]
+        if changed:
+            sys.exit(f"error: {run_dir} holds an unfinished run, and the file of {' and '.join(changed)} has changed since it began: {mend}")
         print(f"going on with the unfinished run in {run_dir}")
     elif args.resume:
         sys.exit(f"error: --resume, but {run_dir} holds no unfinished run: leave --resume out to start one")
@@ -442,6 +457,9 @@ def load_checkpoint(path, stage, env_id, made_by, parts=()):
             missing.append(part)
     if missing:
         sys.exit(f"error: {path} lacks or misstates {', '.join(missing)}: make it again with `{made_by}`")
+    done, planned = meta.get("updates"), meta["args"].get("num_updates")
+    if type(done) is type(planned) is int and done < planned:
+        print(f"warning: {path} is of an unfinished run, after {done} of {planned} updates", file=sys.stderr)
     return checkpoint
 
 
@@ -481,12 +499,12 @@ def write_aside(path, write):
         with contextlib.suppress(OSError):
             tmp.unlink(missing_ok=True)
         why = getattr(e, "strerror", None) or first_line(e)
-        sys.exit(f"error: {path} cannot be written ({why}); what was saved before is intact: make room there, then run the same command again")
+        sys.exit(f"error: {path} cannot be written ({why}); what was saved before is intact: make room there, then run it again, without --overwrite")
 
 
 def load_meta(data_dir, env_id):
     """A dataset's meta.json; refuses, in one sentence, what is missing, of another game or of another format."""
-    command = f"python collect_expert_data.py --env-id {env_id}"
+    command = f"python collect_expert_data.py --env-id {env_id}" + f" --data-dir {data_dir}" * (str(data_dir) != f"data/{env_id}")
     try:
         meta = json.loads((Path(data_dir) / "meta.json").read_text())
     except OSError:
@@ -705,7 +723,7 @@ if __name__ == "__main__":
         sys.exit(f"error: {run_dir} already holds a finished run: add --overwrite to replace it, or choose another --exp-name or --seed")
     bc_path = args.bc_checkpoint or Path(args.runs_dir) / f"{args.env_id}__lapo_bc__{args.seed}" / "checkpoint.pt"
     parts = ("policy", "idm", "latent_mean", "latent_std")
-    made_by = f"python lapo_bc.py --env-id {args.env_id}"
+    made_by = f"python lapo_bc.py --env-id {args.env_id}" + same_place(args, "data_dir", "runs_dir", "seed")
     cloned = load_checkpoint(bc_path, "lapo_bc", args.env_id, made_by, parts)
     pretrain_args, policy_scale = cloned["meta"].get("pretrain_args"), cloned["meta"]["args"].get("policy_scale")
     idm = load_network(lambda: IDM(pretrain_args["idm_scale"], num_latents(pretrain_args)), cloned["idm"], bc_path, made_by)
@@ -734,7 +752,8 @@ if __name__ == "__main__":
     num_levels = data_meta["num_levels"] if args.num_levels is None else args.num_levels
     start_level = data_meta["start_level"] if args.start_level is None else args.start_level
 
-    writer, state = start_run(run_dir, args)
+    inputs = {"--bc-checkpoint": checksum(bc_path), "--data-dir": checksum(data_dir / "meta.json")}
+    writer, state = start_run(run_dir, args, inputs)
 
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -865,7 +884,7 @@ if __name__ == "__main__":
         progress.update()
         progress.set_postfix_str(f"{method} with {n} labels: {np.mean(returns):.2f}")
         if checkpointer.due():
-            progress_meta = {"step": 0, "played": played, "wall_seconds": time.time() - start_time}
+            progress_meta = {"step": 0, "played": played, "inputs": inputs, "wall_seconds": time.time() - start_time}
             writer.flush()
             save_checkpoint(run_dir / "resume.pt", {**meta, **progress_meta}, rng=get_rng_state())
             checkpointer.saved(run_dir)
@@ -909,4 +928,4 @@ if __name__ == "__main__":
         for r in rows:
             score = f"{r['return_mean']:8.2f} +- {r['return_stderr']:4.2f} {r['episodes']:9d} {r['relative_return']:16.2f}"
             print(f"{r['method']:16s} {r.get('n_labels', ''):6} {score} {r['relative_to_demonstrator']:25.2f}")
-    print(f"wrote {run_dir}; next: python lapo_finetune_ppo.py --env-id {args.env_id}")
+    print(f"wrote {run_dir}; next: python lapo_finetune_ppo.py --env-id {args.env_id}" + same_place(args, "runs_dir", "seed"))

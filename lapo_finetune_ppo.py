@@ -16,6 +16,7 @@ Reads runs/ENV_ID__lapo_bc__SEED/checkpoint.pt, writes runs/ENV_ID__lapo_finetun
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -46,7 +47,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 FORMAT_VERSION = 1  # of checkpoints and datasets
-NOT_COMPARED = {"resume", "overwrite", "track", "wandb_project_name", "wandb_entity", "checkpoint_seconds"}  # may change when a run goes on
+NOT_COMPARED = {"resume", "overwrite", "verify", "track", "wandb_project_name", "wandb_entity", "checkpoint_seconds"}  # may change when a run goes on
 # numbers in checkpoints that networks are built from
 SIZES = {"scale", "idm_scale", "policy_scale", "vq_num_codebooks", "vq_num_slots", "vq_dim"}
 LOCKS = []  # open files, locked as long as this process lives
@@ -316,7 +317,7 @@ def refuse_bad_numbers(run_dir, update, batch, numbers):
     found = ", ".join(f"{name} {value}" for name, value in numbers.items())
     sys.exit(
         f"error: update {update} met numbers that are not finite ({found}); its batch is in {run_dir}/bad_batch.json, the checkpoint of the last "
-        "good update is intact: lower --learning-rate or try --no-bf16 with --overwrite, or look at these frames"
+        "good update is intact: lower the learning rate or try --no-bf16, with --overwrite, or (pretraining, cloning) look at these frames"
     )
 
 
@@ -353,6 +354,11 @@ def require(args, **minimum):
             sys.exit(f"error: --{name.replace('_', '-')} is {value}, expected at least {least}")
 
 
+def same_place(args, *names):
+    """The flags among `names` that are not at their defaults, for a command about what lies at the same place."""
+    return "".join(f" --{n.replace('_', '-')} {shlex.quote(str(getattr(args, n)))}" for n in names if getattr(args, n) != getattr(Args, n))
+
+
 def read_tensors(path):
     """A file of save_checkpoint's. Runs no code from it and takes no more memory than it has bytes; raises some exception if it is something else."""
     with zipfile.ZipFile(path) as archive:
@@ -375,7 +381,8 @@ def one_sentence(kind, error, traceback):
     if issubclass(kind, OSError):
         where = error.filename or "a file of this run"
         print(
-            f"error: {where}: {error.strerror or error}; what was saved before is intact: mend that, then run the same command again", file=sys.stderr
+            f"error: {where}: {error.strerror or error}; what was saved before is intact: mend that, then run it again, without --overwrite",
+            file=sys.stderr,
         )
     else:
         sys.__excepthook__(kind, error, traceback)
@@ -395,8 +402,13 @@ def lock_folder(folder):
     LOCKS.append(lock)
 
 
-def start_run(run_dir, args):
-    """The run folder, locked for this process: its log writer, and the state of an unfinished run with the same arguments or None."""
+def start_run(run_dir, args, inputs):
+    """The run folder, locked for this process: its log writer, and the state of an unfinished run with the same arguments or None.
+
+    inputs, {flag: checksum}, is what the run starts from; its states must hold the same.
+    """
+    if args.resume and args.overwrite:
+        sys.exit("error: --resume goes on with a run and --overwrite starts it afresh: give one of them")
     if args.track:
         try:
             import wandb
@@ -416,7 +428,8 @@ def start_run(run_dir, args):
             if type(meta["format_version"]) is int and meta["format_version"] != FORMAT_VERSION:
                 found = f"format_version {meta['format_version']}, expected {FORMAT_VERSION}"
                 sys.exit(f"error: {resume_path} has {found}: finish the run with the version that began it, {mend}")
-            if not isinstance(meta["args"], dict) or type(meta["wall_seconds"]) is not float or not 0 <= int(meta["step"]) < 2**62:
+            dictionaries = isinstance(meta["args"], dict) and isinstance(meta.setdefault("inputs", inputs), dict)
+            if not dictionaries or type(meta["wall_seconds"]) is not float or not 0 <= int(meta["step"]) < 2**62:
                 raise ValueError("its description is damaged")
         except Exception as e:
             sys.exit(f"error: {resume_path} cannot be read ({first_line(e)}), so that the unfinished run in its folder cannot go on: {mend}")
@@ -425,6 +438,9 @@ def start_run(run_dir, args):
         if changed:
             found = ", ".join(f"--{key.replace('_', '-')} {first_line(meta['args'].get(key))} (now {now[key]})" for key in changed)
             sys.exit(f"error: {run_dir} holds an unfinished run with other arguments, {found}: give the same to go on, {mend}")
+        changed = [flag for flag in inputs if repr(meta["inputs"].get(flag)) != repr(inputs[flag])]
+        if changed:
+            sys.exit(f"error: {run_dir} holds an unfinished run, and the file of {' and '.join(changed)} has changed since it began: {mend}")
         print(f"going on with the unfinished run in {run_dir}")
     elif args.resume:
         sys.exit(f"error: --resume, but {run_dir} holds no unfinished run: leave --resume out to start one")
@@ -513,6 +529,9 @@ def load_checkpoint(path, stage, env_id, made_by, parts=()):
             missing.append(part)
     if missing:
         sys.exit(f"error: {path} lacks or misstates {', '.join(missing)}: make it again with `{made_by}`")
+    done, planned = meta.get("updates"), meta["args"].get("num_updates")
+    if type(done) is type(planned) is int and done < planned:
+        print(f"warning: {path} is of an unfinished run, after {done} of {planned} updates", file=sys.stderr)
     return checkpoint
 
 
@@ -552,7 +571,16 @@ def write_aside(path, write):
         with contextlib.suppress(OSError):
             tmp.unlink(missing_ok=True)
         why = getattr(e, "strerror", None) or first_line(e)
-        sys.exit(f"error: {path} cannot be written ({why}); what was saved before is intact: make room there, then run the same command again")
+        sys.exit(f"error: {path} cannot be written ({why}); what was saved before is intact: make room there, then run it again, without --overwrite")
+
+
+def checksum(path):
+    """BLAKE2b of a file, read in pieces."""
+    digest = hashlib.blake2b()
+    with open(path, "rb") as f:
+        while piece := f.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def make_env(env_id, num_envs, num_levels, start_level, seed):
@@ -704,6 +732,15 @@ if __name__ == "__main__":
             found = f"--{name.replace('_', '-')} {start} {end}"
             sys.exit(f"error: {found} must rise and end before --total-timesteps {args.total_timesteps}: train longer or shorten it")
     use_decoder = args.sl and not args.from_scratch
+    num_iterations = max(1, args.total_timesteps // batch_size)
+    # the updates after which the decoder is refit; not the last, as PPO could not adapt the policy to a new decoder any more before it is scored
+    refits = [
+        i for i, step in enumerate(range(batch_size, num_iterations * batch_size, batch_size))
+        if args.decoder_frames[0] <= step <= args.decoder_frames[1] and (step <= args.decoder_every_update_until or (i + 1) % 20 == 0)
+    ]  # fmt: skip
+    if use_decoder and not refits:
+        found = f"--decoder-frames {args.decoder_frames[0]} {args.decoder_frames[1]} hold no PPO update of {batch_size} frames but the last"
+        sys.exit(f"error: {found}, so that the decoder would never be fitted: widen them, train longer, or add --no-sl")
     exp_name = args.exp_name or os.path.basename(__file__)[: -len(".py")] + ("_from_scratch" if args.from_scratch else "" if args.sl else "_no_sl")
     run_dir = Path(args.runs_dir) / f"{args.env_id}__{exp_name}__{args.seed}"
     if (run_dir / "results.json").exists() and not args.overwrite:
@@ -712,14 +749,14 @@ if __name__ == "__main__":
     if not args.from_scratch or policy_scale is None or num_levels is None:
         bc_path = args.bc_checkpoint or Path(args.runs_dir) / f"{args.env_id}__lapo_bc__{args.seed}" / "checkpoint.pt"
         parts = ("policy", "idm", "latent_mean", "latent_std")
-        made_by = f"python lapo_bc.py --env-id {args.env_id}"
+        made_by = f"python lapo_bc.py --env-id {args.env_id}" + same_place(args, "runs_dir", "seed")
         cloned = load_checkpoint(bc_path, "lapo_bc", args.env_id, made_by, parts)
         if not args.from_scratch or policy_scale is None:
             policy_scale = cloned["meta"]["args"].get("policy_scale")
         num_levels = cloned["meta"]["num_levels"] if num_levels is None else num_levels
         start_level = cloned["meta"]["start_level"] if start_level is None else start_level
         demonstrator = cloned["meta"].get("demonstrator")
-        if demonstrator and not (isinstance(demonstrator, dict) and isinstance(demonstrator.get("return_mean"), float)):
+        if demonstrator and not (isinstance(demonstrator, dict) and isinstance(demonstrator.get("return_mean"), (int, float))):
             sys.exit(f"error: the demonstrator's score in {bc_path} has no return_mean: make it again with `{made_by}`")
         pretrain_args = cloned["meta"].get("pretrain_args")
         idm = load_network(lambda: IDM(pretrain_args["idm_scale"], num_latents(pretrain_args)), cloned["idm"], bc_path, made_by)
@@ -729,7 +766,8 @@ if __name__ == "__main__":
             latent_mean, latent_std = load_vectors(cloned, ("latent_mean", "latent_std"), latent_dim, bc_path, made_by)
     start_level = start_level or 0
 
-    writer, state = start_run(run_dir, args)
+    inputs = {} if args.from_scratch else {"--bc-checkpoint": checksum(bc_path)}
+    writer, state = start_run(run_dir, args, inputs)
 
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -766,7 +804,7 @@ if __name__ == "__main__":
         idm = idm.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     trained = [p for p in agent.parameters() if p.requires_grad]
     decoder_ready = False  # until its first fit the decoder's logits count as 0: play is uniformly random
-    pairs_z, pairs_a = [], []  # the decoder's data: latents (n, latent_dim) and true actions (n,), one entry a rollout
+    pairs_z, pairs_a = [], []  # the decoder's data: latents (n, latent_dim) and true actions (n,), 512 windows an entry
 
     def split_logits(features):
         """(what the decoder adds to the logits (B, 15), the action head's share)."""
@@ -784,7 +822,7 @@ if __name__ == "__main__":
     next_obs, next_done = torch.tensor(env.observe()[1]["rgb"], device=device), torch.ones(E, device=device)
     last_obs = next_obs  # o_{t-1} of the rollout's first step
     episode_return, recent_returns, curve, first_iteration = np.zeros(E), deque(maxlen=100), [], 0
-    num_iterations, checkpointer = max(1, args.total_timesteps // batch_size), Checkpointer(args.checkpoint_seconds)
+    checkpointer = Checkpointer(args.checkpoint_seconds)
     modules = {"agent": agent, "optimizer": optimizer, "normalize_reward": normalize_reward}
     if state:
         with refusing_damage(run_dir / "resume.pt"):
@@ -860,10 +898,9 @@ if __name__ == "__main__":
                     refuse_bad_numbers(run_dir, iteration, mb.cpu(), {"loss": loss.item(), "gradient norm": grad_norm.item()})
                 optimizer.step()
 
-        # decoder: the IDM labels the rollout's transitions, windows within one episode only; not after the last update, as PPO
-        # could not adapt the policy to a new decoder any more before it is scored
+        # decoder: the IDM labels the rollout's transitions, windows within one episode only
         global_step = (iteration + 1) * batch_size
-        if use_decoder and global_step <= args.decoder_frames[1] and iteration < num_iterations - 1:
+        if use_decoder and iteration <= refits[-1]:
             stream = torch.cat([last_obs[None], obs, next_obs[None]])  # (T + 2, E, 64, 64, 3); obs[t] is stream[t + 1]
             valid = (dones + torch.cat([dones[1:], next_done[None]]) == 0).nonzero()  # (n, 2): o_t and o_{t+1} continue an episode
             with torch.inference_mode(), autocast:
@@ -871,11 +908,12 @@ if __name__ == "__main__":
                     window = torch.cat([stream[t, e], stream[t + 1, e], stream[t + 2, e]], dim=-1)  # (B, 64, 64, 9) uint8
                     pairs_z.append(idm(window.permute(0, 3, 1, 2).float() / 255 - 0.5))
                     pairs_a.append(actions[t, e])
-            early = global_step <= args.decoder_every_update_until
-            if global_step >= args.decoder_frames[0] and (early or (iteration + 1) % 20 == 0) and pairs_z:
+            if iteration in refits and pairs_z:
                 accuracy = fit_decoder(agent.decoder, torch.cat(pairs_z), torch.cat(pairs_a), args)
                 decoder_ready = True
                 writer.add_scalar("decoder/accuracy", accuracy, global_step)
+            if iteration == refits[-1]:
+                pairs_z, pairs_a = [], []  # of no use any more
         last_obs = obs[-1].clone()
 
         # logs
@@ -899,9 +937,10 @@ if __name__ == "__main__":
             states |= {"next_obs": next_obs, "next_done": next_done, "last_obs": last_obs, "pairs_z": pairs_z, "pairs_a": pairs_a}
             states |= {"env": get_env_state(env), "rng": get_rng_state()}
             states |= {"episode_return": torch.tensor(episode_return), "recent_returns": torch.tensor(list(recent_returns), dtype=torch.float64)}
-            progress_meta = {"iteration": iteration + 1, "decoder_ready": decoder_ready, "curve": curve, "wall_seconds": time.time() - start_time}
+            progress_meta = {"step": global_step, "iteration": iteration + 1, "decoder_ready": decoder_ready, "curve": curve}
+            progress_meta |= {"inputs": inputs, "wall_seconds": time.time() - start_time}
             writer.flush()
-            save_checkpoint(run_dir / "resume.pt", {**meta, "step": global_step, **progress_meta}, **states)
+            save_checkpoint(run_dir / "resume.pt", {**meta, **progress_meta}, **states)
             checkpointer.saved(run_dir)
     progress.close()
     env.close()

@@ -288,6 +288,11 @@ def require(args, **minimum):
             sys.exit(f"error: --{name.replace('_', '-')} is {value}, expected at least {least}")
 
 
+def same_place(args, *names):
+    """The flags among `names` that are not at their defaults, for a command about what lies at the same place."""
+    return "".join(f" --{n.replace('_', '-')} {shlex.quote(str(getattr(args, n)))}" for n in names if getattr(args, n) != getattr(Args, n))
+
+
 def read_tensors(path):
     """A file of save_checkpoint's. Runs no code from it and takes no more memory than it has bytes; raises some exception if it is something else."""
     with zipfile.ZipFile(path) as archive:
@@ -310,7 +315,8 @@ def one_sentence(kind, error, traceback):
     if issubclass(kind, OSError):
         where = error.filename or "a file of this run"
         print(
-            f"error: {where}: {error.strerror or error}; what was saved before is intact: mend that, then run the same command again", file=sys.stderr
+            f"error: {where}: {error.strerror or error}; what was saved before is intact: mend that, then run it again, without --overwrite",
+            file=sys.stderr,
         )
     else:
         sys.__excepthook__(kind, error, traceback)
@@ -355,6 +361,9 @@ def load_checkpoint(path, stage, env_id, made_by, parts=()):
             missing.append(part)
     if missing:
         sys.exit(f"error: {path} lacks or misstates {', '.join(missing)}: make it again with `{made_by}`")
+    done, planned = meta.get("updates"), meta["args"].get("num_updates")
+    if type(done) is type(planned) is int and done < planned:
+        print(f"warning: {path} is of an unfinished run, after {done} of {planned} updates", file=sys.stderr)
     return checkpoint
 
 
@@ -389,12 +398,12 @@ def write_aside(path, write):
         with contextlib.suppress(OSError):
             tmp.unlink(missing_ok=True)
         why = getattr(e, "strerror", None) or first_line(e)
-        sys.exit(f"error: {path} cannot be written ({why}); what was saved before is intact: make room there, then run the same command again")
+        sys.exit(f"error: {path} cannot be written ({why}); what was saved before is intact: make room there, then run it again, without --overwrite")
 
 
 def load_meta(data_dir, env_id):
     """A dataset's meta.json; refuses, in one sentence, what is missing, of another game or of another format."""
-    command = f"python collect_expert_data.py --env-id {env_id}"
+    command = f"python collect_expert_data.py --env-id {env_id}" + f" --data-dir {data_dir}" * (str(data_dir) != f"data/{env_id}")
     try:
         meta = json.loads((Path(data_dir) / "meta.json").read_text())
     except OSError:
@@ -638,7 +647,7 @@ if __name__ == "__main__":
     if (run_dir / "results.json").exists() and not args.overwrite:
         sys.exit(f"error: {run_dir} already holds a finished run: add --overwrite to replace it, or choose another --exp-name or --seed")
     pretrain_path = Path(args.pretrain_checkpoint or Path(args.runs_dir) / f"{args.env_id}__lapo_pretrain__{args.seed}" / "checkpoint.pt")
-    made_by = f"python lapo_pretrain.py --env-id {args.env_id}"
+    made_by = f"python lapo_pretrain.py --env-id {args.env_id}" + same_place(args, "data_dir", "runs_dir", "seed")
     pretrained = load_checkpoint(pretrain_path, "lapo_pretrain", args.env_id, made_by, ("idm", "vq", "fdm"))
     p = pretrained["meta"]["args"]
     vq_shape = ("vq_num_codebooks", "vq_num_slots", "vq_dim", "vq_num_codes", "vq_commitment", "vq_decay")

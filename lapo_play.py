@@ -17,6 +17,7 @@ Reads data/ENV_ID and runs/ENV_ID__lapo_pretrain__SEED/checkpoint.pt; writes not
 import base64
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -384,6 +385,11 @@ def require(args, **minimum):
             sys.exit(f"error: --{name.replace('_', '-')} is {value}, expected at least {least}")
 
 
+def same_place(args, *names):
+    """The flags among `names` that are not at their defaults, for a command about what lies at the same place."""
+    return "".join(f" --{n.replace('_', '-')} {shlex.quote(str(getattr(args, n)))}" for n in names if getattr(args, n) != getattr(Args, n))
+
+
 def read_tensors(path):
     """A file of save_checkpoint's. Runs no code from it and takes no more memory than it has bytes; raises some exception if it is something else."""
     with zipfile.ZipFile(path) as archive:
@@ -426,6 +432,9 @@ def load_checkpoint(path, stage, env_id, made_by, parts=()):
             missing.append(part)
     if missing:
         sys.exit(f"error: {path} lacks or misstates {', '.join(missing)}: make it again with `{made_by}`")
+    done, planned = meta.get("updates"), meta["args"].get("num_updates")
+    if type(done) is type(planned) is int and done < planned:
+        print(f"warning: {path} is of an unfinished run, after {done} of {planned} updates", file=sys.stderr)
     return checkpoint
 
 
@@ -446,7 +455,7 @@ def load_network(build, state, path, made_by):
 
 def load_meta(data_dir, env_id):
     """A dataset's meta.json; refuses, in one sentence, what is missing, of another game or of another format."""
-    command = f"python collect_expert_data.py --env-id {env_id}"
+    command = f"python collect_expert_data.py --env-id {env_id}" + f" --data-dir {data_dir}" * (str(data_dir) != f"data/{env_id}")
     try:
         meta = json.loads((Path(data_dir) / "meta.json").read_text())
     except OSError:
@@ -699,7 +708,7 @@ if __name__ == "__main__":
             sys.exit(f"error: --{flag.replace('_', '-')} is {getattr(args, flag)}, expected at most {most}")
     data_dir = Path(args.data_dir or f"data/{args.env_id}")
     path = Path(args.pretrain_checkpoint or Path(args.runs_dir) / f"{args.env_id}__lapo_pretrain__{args.seed}" / "checkpoint.pt")
-    made_by = f"python lapo_pretrain.py --env-id {args.env_id}"
+    made_by = f"python lapo_pretrain.py --env-id {args.env_id}" + same_place(args, "data_dir", "runs_dir", "seed")
     pretrained = load_checkpoint(path, "lapo_pretrain", args.env_id, made_by, ("idm", "vq", "fdm"))
     p = pretrained["meta"]["args"]
     vq_shape = ("vq_num_codebooks", "vq_num_slots", "vq_dim", "vq_num_codes", "vq_commitment", "vq_decay")

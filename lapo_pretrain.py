@@ -64,7 +64,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 FORMAT_VERSION = 1  # of checkpoints and datasets
-NOT_COMPARED = {"resume", "overwrite", "track", "wandb_project_name", "wandb_entity", "checkpoint_seconds"}  # may change when a run goes on
+NOT_COMPARED = {"resume", "overwrite", "verify", "track", "wandb_project_name", "wandb_entity", "checkpoint_seconds"}  # may change when a run goes on
 LOCKS = []  # open files, locked as long as this process lives
 # Procgen's actions 0-8 are 3 * (right + 1) + (up + 1); 9-14 are buttons
 ACTIONS = ["left down", "left", "left up", "down", "stay", "up", "right down", "right", "right up", *(f"button {b}" for b in "DAWSQE")]
@@ -283,6 +283,11 @@ def require(args, **minimum):
             sys.exit(f"error: --{name.replace('_', '-')} is {value}, expected at least {least}")
 
 
+def same_place(args, *names):
+    """The flags among `names` that are not at their defaults, for a command about what lies at the same place."""
+    return "".join(f" --{n.replace('_', '-')} {shlex.quote(str(getattr(args, n)))}" for n in names if getattr(args, n) != getattr(Args, n))
+
+
 def read_tensors(path):
     """A file of save_checkpoint's. Runs no code from it and takes no more memory than it has bytes; raises some exception if it is something else."""
     with zipfile.ZipFile(path) as archive:
@@ -305,7 +310,8 @@ def one_sentence(kind, error, traceback):
     if issubclass(kind, OSError):
         where = error.filename or "a file of this run"
         print(
-            f"error: {where}: {error.strerror or error}; what was saved before is intact: mend that, then run the same command again", file=sys.stderr
+            f"error: {where}: {error.strerror or error}; what was saved before is intact: mend that, then run it again, without --overwrite",
+            file=sys.stderr,
         )
     else:
         sys.__excepthook__(kind, error, traceback)
@@ -325,8 +331,13 @@ def lock_folder(folder):
     LOCKS.append(lock)
 
 
-def start_run(run_dir, args):
-    """The run folder, locked for this process: its log writer, and the state of an unfinished run with the same arguments or None."""
+def start_run(run_dir, args, inputs):
+    """The run folder, locked for this process: its log writer, and the state of an unfinished run with the same arguments or None.
+
+    inputs, {flag: checksum}, is what the run starts from; its states must hold the same.
+    """
+    if args.resume and args.overwrite:
+        sys.exit("error: --resume goes on with a run and --overwrite starts it afresh: give one of them")
     if args.track:
         try:
             import wandb
@@ -346,7 +357,8 @@ def start_run(run_dir, args):
             if type(meta["format_version"]) is int and meta["format_version"] != FORMAT_VERSION:
                 found = f"format_version {meta['format_version']}, expected {FORMAT_VERSION}"
                 sys.exit(f"error: {resume_path} has {found}: finish the run with the version that began it, {mend}")
-            if not isinstance(meta["args"], dict) or type(meta["wall_seconds"]) is not float or not 0 <= int(meta["step"]) < 2**62:
+            dictionaries = isinstance(meta["args"], dict) and isinstance(meta.setdefault("inputs", inputs), dict)
+            if not dictionaries or type(meta["wall_seconds"]) is not float or not 0 <= int(meta["step"]) < 2**62:
                 raise ValueError("its description is damaged")
         except Exception as e:
             sys.exit(f"error: {resume_path} cannot be read ({first_line(e)}), so that the unfinished run in its folder cannot go on: {mend}")
@@ -355,6 +367,9 @@ def start_run(run_dir, args):
         if changed:
             found = ", ".join(f"--{key.replace('_', '-')} {first_line(meta['args'].get(key))} (now {now[key]})" for key in changed)
             sys.exit(f"error: {run_dir} holds an unfinished run with other arguments, {found}: give the same to go on, {mend}")
+        changed = [flag for flag in inputs if repr(meta["inputs"].get(flag)) != repr(inputs[flag])]
+        if changed:
+            sys.exit(f"error: {run_dir} holds an unfinished run, and the file of {' and '.join(changed)} has changed since it began: {mend}")
         print(f"going on with the unfinished run in {run_dir}")
     elif args.resume:
         sys.exit(f"error: --resume, but {run_dir} holds no unfinished run: leave --resume out to start one")
@@ -439,12 +454,12 @@ def write_aside(path, write):
         with contextlib.suppress(OSError):
             tmp.unlink(missing_ok=True)
         why = getattr(e, "strerror", None) or first_line(e)
-        sys.exit(f"error: {path} cannot be written ({why}); what was saved before is intact: make room there, then run the same command again")
+        sys.exit(f"error: {path} cannot be written ({why}); what was saved before is intact: make room there, then run it again, without --overwrite")
 
 
 def load_meta(data_dir, env_id):
     """A dataset's meta.json; refuses, in one sentence, what is missing, of another game or of another format."""
-    command = f"python collect_expert_data.py --env-id {env_id}"
+    command = f"python collect_expert_data.py --env-id {env_id}" + f" --data-dir {data_dir}" * (str(data_dir) != f"data/{env_id}")
     try:
         meta = json.loads((Path(data_dir) / "meta.json").read_text())
     except OSError:
@@ -542,7 +557,7 @@ def refuse_bad_numbers(run_dir, update, batch, numbers):
     found = ", ".join(f"{name} {value}" for name, value in numbers.items())
     sys.exit(
         f"error: update {update} met numbers that are not finite ({found}); its batch is in {run_dir}/bad_batch.json, the checkpoint of the last "
-        "good update is intact: lower --learning-rate or try --no-bf16 with --overwrite, or look at these frames"
+        "good update is intact: lower the learning rate or try --no-bf16, with --overwrite, or (pretraining, cloning) look at these frames"
     )
 
 
@@ -684,12 +699,13 @@ if __name__ == "__main__":
         if len(t) < max(2, args.batch_size):
             found = f"{data_dir} has {len(t)} {split} windows"
             sys.exit(f"error: {found}, expected at least --batch-size {args.batch_size}, and 2: lower it or collect more frames")
+    inputs = {"--data-dir": checksum(data_dir / "meta.json")}
     labels = {}  # for the probe only
     for split in ("train", "test"):
         if (data_dir / split / "actions.npy").exists():
             labels[split] = load_actions(data_dir, split, data_meta)
 
-    writer, state = start_run(run_dir, args)
+    writer, state = start_run(run_dir, args, inputs)
     for name in ("predictions", "latents", "rollouts"):
         (run_dir / f"{name}.png").unlink(missing_ok=True)
 
@@ -857,7 +873,7 @@ if __name__ == "__main__":
                 found = f"{different} different latents in a batch of {args.batch_size}"
                 found += f", perplexity {perplexity.min():.2f} of a codebook" if args.vq else ""
                 tqdm.write(
-                    f"warning: update {step}: the latents have collapsed ({found}), so that they say nothing: "
+                    f"warning: update {step}: the latents have collapsed ({found}), so that they say little: "
                     "try a longer --warmup-updates, a lower --learning-rate or another --seed"
                 )
             writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], step)
@@ -881,7 +897,13 @@ if __name__ == "__main__":
             progress.set_postfix(shown)
         if checkpointer.due() or step == args.num_updates:
             states = {name: module.state_dict() for name, module in modules.items()}
-            progress_meta = {"step": step, "curve": curve, "picture_seconds": picture_seconds, "wall_seconds": time.time() - start_time}
+            progress_meta = {
+                "step": step,
+                "curve": curve,
+                "picture_seconds": picture_seconds,
+                "inputs": inputs,
+                "wall_seconds": time.time() - start_time,
+            }
             # first this, then resume.pt: a run that goes on from there writes this file again
             weights = {name: states[name] for name in ("idm", "vq", "fdm")}
             save_checkpoint(run_dir / "checkpoint.pt", {**meta, "updates": step}, **weights)
@@ -933,4 +955,4 @@ if __name__ == "__main__":
     (run_dir / "resume.pt").unlink(missing_ok=True)
     writer.close()
     print(f"FDM loss on test frames {out['test/fdm_loss']:.2e}, copying the last frame {out['test/copy_last_frame_loss']:.2e}")
-    print(f"wrote {run_dir}; next: python lapo_bc.py --env-id {args.env_id}")
+    print(f"wrote {run_dir}; next: python lapo_bc.py --env-id {args.env_id}" + same_place(args, "data_dir", "runs_dir", "seed"))

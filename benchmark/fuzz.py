@@ -52,6 +52,9 @@ ARRAYS = {"frames": (np.uint8, (64, 64, 3)), "first": (bool, ()), "actions": (np
 RUN_ARGS = pretrain.Args(env_id=ENV_ID, idm_scale=SCALE, fdm_width=2, vq_num_slots=2, vq_dim=2, vq_num_codes=4)  # 8 latents
 
 
+INPUTS = {"--data-dir": "0"}
+
+
 @dataclass
 class Args:
     cases: int = 10_000
@@ -95,7 +98,7 @@ def make_originals(folder):
     )
     pretrain_meta = {"stage": "lapo_pretrain", **meta, "args": asdict(RUN_ARGS)}
     collect.save_checkpoint(folder / "pretrain.pt", {**pretrain_meta, "updates": 1}, **{k: states[k] for k in ("idm", "vq", "fdm")})
-    progress = {"step": 1, "curve": [{"update": 1, "train/fdm_loss": 0.5}], "picture_seconds": 0.5, "wall_seconds": 1.0}
+    progress = {"step": 1, "curve": [{"update": 1, "train/fdm_loss": 0.5}], "picture_seconds": 0.5, "inputs": INPUTS, "wall_seconds": 1.0}
     collect.save_checkpoint(folder / "run" / "resume.pt", {**pretrain_meta, **progress}, rng=pretrain.get_rng_state(rng), **states)
     collect.save_checkpoint(
         folder / "bc.pt",
@@ -153,7 +156,7 @@ def read_bc(folder):
 
 
 def read_resume(folder):
-    _, state = pretrain.start_run(folder / "run", RUN_ARGS)
+    _, state = pretrain.start_run(folder / "run", RUN_ARGS, INPUTS)
     time.time() - state["meta"]["wall_seconds"]
     with pretrain.refusing_damage(folder / "run" / "resume.pt"):
         for name, module in pretrain_modules().items():
@@ -318,7 +321,7 @@ ARGS = ({"idm_scale": 1e9}, {"idm_scale": 1e5}, {"idm_scale": -1}, {"idm_scale":
         {"vq_num_codebooks": "a", "vq_num_slots": 2**30, "vq_dim": 1}, {"vq_num_codebooks": -2, "vq_num_slots": -2}, {"scale": 1e9}, {"scale": "x"},
         {"scale": 0}, {"scale": 1e5}, {"scale": None}, {"policy_scale": 1e9}, {"policy_scale": -1}, {"policy_scale": ()},
         {"policy_scale": 1e-9})  # fmt: skip
-METAS = ("format_version", "stage", "env_id", "num_levels", "start_level", "args", "pretrain_args", "step", "wall_seconds", "curve")
+METAS = ("format_version", "stage", "env_id", "num_levels", "start_level", "args", "pretrain_args", "step", "wall_seconds", "curve", "inputs")
 
 
 @functools.cache

@@ -82,7 +82,7 @@ def test_overwrite_replaces(work, monkeypatch):
 def test_missing_dataset(refuse, stage):
     """A missing dataset is refused with the command that makes it."""
     message = refuse(stage, *FRESH, "--data-dir", "nowhere")
-    assert "no dataset at nowhere" in message and f"`python collect_expert_data.py --env-id {ENV_ID}`" in message
+    assert "no dataset at nowhere" in message and f"`python collect_expert_data.py --env-id {ENV_ID} --data-dir nowhere`" in message
 
 
 @pytest.mark.parametrize("stage", [s for s in STAGES if INPUT[s][0]])
@@ -117,7 +117,7 @@ def test_missing_default_checkpoint(refuse, stage):
     """Without the stage before it, a script names the file it looked for and the command that makes it."""
     maker = INPUT[stage][1]
     message = refuse(stage, *FRESH, "--seed", "7")
-    assert str(run_dir(maker, 7) / "checkpoint.pt") in message and f"`python {maker}.py --env-id {ENV_ID}`" in message
+    assert str(run_dir(maker, 7) / "checkpoint.pt") in message and f"`python {maker}.py --env-id {ENV_ID} --seed 7`" in message
 
 
 @pytest.mark.parametrize("stage", READERS)
@@ -175,6 +175,7 @@ def test_sizes_that_do_not_fit(refuse):
         assert "--num-minibatches 7" in (message := refuse(stage, *fresh_data(stage), "--num-minibatches", "7")) and "512" in message
     assert "--num-test-frames 47" in refuse("collect_expert_data", *fresh_data("collect_expert_data"), "--num-test-frames", "47")
     assert "--total-timesteps 700" in refuse("lapo_finetune_ppo", *FRESH, "--total-timesteps", "700")
+    assert "--decoder-frames 1600 4000" in refuse("lapo_finetune_ppo", *FRESH, "--decoder-frames", "1600", "4000")  # the last update alone
 
 
 @pytest.mark.parametrize("stage", ["lapo_pretrain", "lapo_finetune_ppo"])

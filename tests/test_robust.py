@@ -149,6 +149,84 @@ def test_killed_between_two_files(pipeline, tmp_path, stop_at):
     assert_same_run(cwd, pipeline.cwd, "collect_expert_data")
 
 
+def test_collecting_goes_on_after_its_last_file_but_one(pipeline, tmp_path):
+    """A kill between meta.json and results.json, playing a demonstrator of another scale than --scale's default."""
+    cwd = tmp_path / "work"
+    cwd.mkdir()
+    expert = pipeline.cwd / run_dir("collect_expert_data") / "checkpoint.pt"
+    flags = (
+        f"--env-id {ENV_ID} --no-cuda --expert-checkpoint {expert} --num-envs 8 --num-train-frames 200 --num-test-frames 24 --eval-episodes 8".split()
+    )
+    assert run(cwd, "collect_expert_data", *flags, *NOW, stop_after=1, stop_at="meta.json")
+    assert not run(cwd, "collect_expert_data", *flags, *NOW)
+    assert (cwd / run_dir("collect_expert_data") / "results.json").exists()
+
+
+INPUTS = [("lapo_pretrain", None), ("lapo_bc", "lapo_pretrain"), ("lapo_decode", "lapo_bc"), ("lapo_finetune_ppo", "lapo_bc")]
+
+
+@pytest.mark.parametrize("stage, before", INPUTS, ids=[stage for stage, _ in INPUTS])
+def test_other_inputs_do_not_go_on(work, stage, before):
+    """An unfinished run is refused once the checkpoint or the dataset that it began with has been made anew, and goes on with the old ones."""
+    flags = [*TOY[stage], *FRESH]
+    assert run(work, stage, *flags, *NOW, stop_after=2)
+    changes = {"--data-dir": work / "data" / ENV_ID / "meta.json"} if stage != "lapo_finetune_ppo" else {}
+    if before:
+        changes |= {f"--{before.removeprefix('lapo_')}-checkpoint": work / run_dir(before) / "checkpoint.pt"}
+    for flag, path in changes.items():
+        content = path.read_bytes()
+        if path.name == "meta.json":
+            replace(path, content + b"\n")
+        else:
+            checkpoint = torch.load(path, weights_only=True)
+            checkpoint["meta"]["seed"] = 2
+            path.unlink()
+            torch.save(checkpoint, path)
+        known = snapshot(work)
+        message = refused(work, stage, *flags)
+        assert f"the file of {flag} has changed" in message and "--overwrite" in message and snapshot(work) == known
+        replace(path, content)
+    assert run(work, stage, *flags, *NOW, *["--verify"] * (stage in READERS), stop_after=1)
+    path = work / FRESH_DIR / "resume.pt"
+    state = torch.load(path, weights_only=True)
+    del state["meta"]["inputs"]  # a run of before they were noted
+    torch.save(state, path)
+    assert run(work, stage, *flags, *NOW, stop_after=1)
+
+
+def test_labels_that_are_gone_do_not_set_a_run_back(work):
+    """Cloning labels its frames again if latents.npy is gone, and saves no state of update 0 while it does."""
+    flags = [*TOY["lapo_bc"], *FRESH]
+    path = work / FRESH_DIR / "resume.pt"
+    saves = 0
+    while not path.exists() or torch.load(path, weights_only=True)["meta"]["step"] < 2:
+        saves += 1
+        assert run(work, "lapo_bc", *flags, *NOW, stop_after=1)
+    (work / FRESH_DIR / "latents.npy").unlink()
+    assert run(work, "lapo_bc", *flags, *NOW, stop_after=1)
+    assert torch.load(path, weights_only=True)["meta"]["step"] == 3 and saves > 2
+
+
+def test_unfinished_checkpoints_are_named(work, capsys):
+    """A stage that starts from a checkpoint of an unfinished run says so."""
+    assert run(work, "lapo_pretrain", *TOY["lapo_pretrain"], *NOW, "--overwrite", stop_after=3)
+    run(work, "lapo_bc", *TOY["lapo_bc"], *FRESH)
+    assert "warning: " in (found := capsys.readouterr().err) and "after 3 of 6 updates" in found
+
+
+def test_commands_lead_to_where_the_run_lies(work, capsys):
+    """The commands in messages hold the folders and the seed that differ from the defaults."""
+    (work / "runs").rename(work / "my runs")
+    (work / "data").rename(work / "my data")
+    places = ["--runs-dir", "my runs", "--data-dir", f"my data/{ENV_ID}"]
+    known = f"--data-dir 'my data/{ENV_ID}' --runs-dir 'my runs'"
+    run(work, "lapo_bc", *TOY["lapo_bc"], *FRESH, *places)
+    out = capsys.readouterr().out
+    assert f"lapo_decode.py --env-id {ENV_ID} {known}\n" in out and f"lapo_finetune_ppo.py --env-id {ENV_ID} --runs-dir 'my runs'\n" in out
+    message = refused(work, "lapo_decode", *TOY["lapo_decode"], *places, "--seed", "3")
+    assert f"`python lapo_bc.py --env-id {ENV_ID} {known} --seed 3`" in message
+
+
 def kill_after_first_save(monkeypatch):
     """This process gets a SIGTERM when the first resume.pt is there."""
     replacing, sent = os.replace, []
@@ -212,6 +290,7 @@ def test_other_arguments_do_not_go_on(work):
     assert torch.load(work / FRESH_DIR / "resume.pt", weights_only=True)["meta"]["step"] == 3
     assert run(work, "lapo_pretrain", *flags, *NOW, "--learning-rate", "0.001", "--overwrite", stop_after=1)
     assert torch.load(work / FRESH_DIR / "resume.pt", weights_only=True)["meta"]["step"] == 1
+    assert "give one of them" in refused(work, "lapo_pretrain", *flags, "--resume", "--overwrite")
     message = refused(work, "lapo_pretrain", *TOY["lapo_pretrain"], "--exp-name", "other", "--resume")
     assert "--resume" in message and "no unfinished run" in message
 
@@ -331,7 +410,7 @@ def test_full_disk_while_collecting(work, call):
 
     flags = [*FRESH, "--data-dir", "fresh", "--expert-checkpoint", work / run_dir("collect_expert_data") / "checkpoint.pt", "--eval-episodes", "2"]
     message = refused(work, "collect_expert_data", *TOY["collect_expert_data"], *NOW, *flags, patch=patch)
-    assert "No space left" in message and "run the same command again" in message
+    assert "No space left" in message and "run it again, without --overwrite" in message
     assert not (work / "fresh" / "meta.json").exists()
     assert not run(work, "collect_expert_data", *TOY["collect_expert_data"], *NOW, *flags)  # with room again
     assert (work / "fresh" / "meta.json").exists()
