@@ -7,7 +7,8 @@ Start it where the runs were started: their arguments may name the dataset relat
 runs.csv           one row a result: env_id, method, seed, n_labels, frames, return_mean, return_stderr, episodes, relative_return, ...;
                    `returns` holds every episode's return, draws of the labels separated by |
 curves.csv         mean return of the last 100 training episodes against frames, of every online run
-latent_space.csv   what latents tell of the true actions, beside the controls, of every pretraining run
+latent_space.csv   what latents tell of the true actions, beside the controls, of every pretraining run; and the shares of their variance
+                   that lie between episodes and between actions, in the row shuffled_actions with either shuffled
 latents_2d.csv     two principal components of some test latents and their true actions, of the first seed of every game
 """
 
@@ -34,7 +35,10 @@ VALUES = {
         "wall_seconds returns"
     ).split(),
     "curves.csv": ["return"],
-    "latent_space.csv": "linear_probe mlp_probe nmi nmi_best_slot cluster_purity chance windows codes_used idm_active_share commit".split(),
+    "latent_space.csv": (
+        "linear_probe mlp_probe nmi nmi_best_slot cluster_purity chance windows codes_used idm_active_share "
+        "variance_between_episodes variance_between_actions commit"
+    ).split(),
     "latents_2d.csv": ["x", "y", "action", "explained"],
 }
 
@@ -77,28 +81,43 @@ def rows_of(run, results, scale):
     elif results["stage"] == "lapo_pretrain" and results["latent_space"]:
         space = results["latent_space"]
         used = " ".join(map(str, results["codes_used"] or []))
-        for of in ("trained", "shuffled_actions", "untrained_idm"):
+        z, actions, episodes = test_latents(run, results)
+        shuffle = np.random.default_rng(0).permutation(len(z))
+        for of, order in (("trained", slice(None)), ("shuffled_actions", shuffle), ("untrained_idm", None)):
             more = {"of": of, "run": name}
+            if order is not None and actions is not None:
+                more |= {"variance_between_episodes": round(variance_between(z, episodes[order]), 4)}
+                more |= {"variance_between_actions": round(variance_between(z, actions[order]), 4)}
             if of == "trained":
                 more |= {"codes_used": used, "idm_active_share": results.get("test/idm_active_share")}
             rows["latent_space.csv"].append({**common, **{k: space[k] for k in ("chance", "windows")}, **space[of], **more})
-        if name == "lapo_pretrain":
-            rows["latents_2d.csv"] = latents_2d(run, results, scale_and_game)
+        if name == "lapo_pretrain" and actions is not None:
+            rows["latents_2d.csv"] = latents_2d(z, actions, scale_and_game)
     for row in rows["runs.csv"]:
         row["returns"] = joined(row["returns"])
         row |= {k: f"{row[k]:.4f}" for k in ("return_mean", "return_stderr", "relative_return", "relative_to_demonstrator") if row.get(k) is not None}
     return rows
 
 
-def latents_2d(run, results, scale_and_game, count=600):
-    """Two principal components of `count` test latents with their true actions."""
+def test_latents(run, results):
+    """A pretraining run's test latents (n, latent_dim), their true actions (n,) and their episodes (n,); None for both without the dataset."""
     z, t = np.load(run / "test_latents.npy"), np.load(run / "test_windows.npy")
+    folder = Path(results["args"]["data_dir"] or f"data/{results['env_id']}") / "test"
+    if not (folder / "actions.npy").exists():
+        print(f"{folder}/actions.npy is missing: no variances of {run.name}, and the old points of {results['env_id']} in latents_2d.csv")
+        return z, None, None
+    return z, np.load(folder / "actions.npy", mmap_mode="r")[t], np.cumsum(np.load(folder / "first.npy"))[t]
+
+
+def variance_between(z, groups):
+    """The share of the variance of latents z (n, latent_dim) that lies between groups (n,): 1 if the group tells the latent; above 0 by chance."""
+    between = sum((groups == g).sum() * np.square(z[groups == g].mean(0) - z.mean(0)).sum() for g in np.unique(groups))
+    return float(between / np.square(z - z.mean(0)).sum())
+
+
+def latents_2d(z, actions, scale_and_game, count=600):
+    """Two principal components of `count` test latents with their true actions."""
     pca = PCA(2, random_state=0).fit(z)
-    path = Path(results["args"]["data_dir"] or f"data/{results['env_id']}") / "test" / "actions.npy"
-    if not path.exists():
-        print(f"{path} is missing: left the old points of {results['env_id']} in latents_2d.csv")
-        return []
-    actions = np.load(path, mmap_mode="r")[t]
     explained = " ".join(f"{share:.3f}" for share in pca.explained_variance_ratio_)
     some = np.linspace(0, len(z) - 1, min(count, len(z))).astype(int)  # windows are in the order of time, stream after stream
     points = zip(pca.transform(z[some]).round(3).tolist(), actions[some].tolist())

@@ -336,14 +336,16 @@ def tables(scores, ours, space):
             share = "{:.2f} ({:.2f} – {:.2f})".format(*found)
             what = "interquartile mean" if many else "mean of the games"
             lines.append(table_row(what, style(method, ours)["label"], n and f"{n:.0f}", *[""] * 6, share, ""))
-    head = "game, pretraining, latents, seeds, linear probe, MLP probe, chance, NMI (slots), NMI (best), cluster purity, codes used, IDM active"
-    lines += ["", table_row(*head.split(", ")), "|" + "---|" * 12]
+    head = "game, pretraining, latents, seeds, linear probe, MLP probe, chance, NMI (slots), NMI (best), cluster purity, variance between episodes,"
+    head += " variance between actions, codes used, IDM active"
+    lines += ["", table_row(*head.split(", ")), "|" + "---|" * 14]
     groups, order = defaultdict(list), ("trained", "untrained_idm", "shuffled_actions")
     for row in space:
         groups[row["env_id"], row["run"], row["of"]].append(row)
     for (g, run, of), rows in sorted(groups.items(), key=lambda item: (*item[0][:2], order.index(item[0][2]))):
         metrics = ("linear_probe", "mlp_probe", "chance", "nmi", "nmi_best_slot", "cluster_purity")
-        values = [f"{np.mean([r[k] for r in rows]):.3f}" if rows[0][k] != "" else "" for k in metrics]
+        metrics += ("variance_between_episodes", "variance_between_actions")
+        values = [f"{np.mean([r[k] for r in rows]):.3f}" if rows[0].get(k, "") != "" else "" for k in metrics]
         used = "; ".join(str(r["codes_used"]) for r in rows if r["codes_used"])
         active = "; ".join(f"{r['idm_active_share']:.1%}" for r in rows if r.get("idm_active_share", "") != "")
         lines.append(table_row(g, "no VQ" if run.endswith("no_vq") else "VQ", of.replace("_", " "), len(rows), *values, used, active))

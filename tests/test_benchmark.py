@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ENV_ID, ROOT, STAGES, decode, run_dir
+from sklearn.linear_model import LinearRegression
+from sklearn.metrics import r2_score
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import collect_results  # noqa: E402
@@ -56,6 +58,7 @@ def test_every_result_is_one_row(pipeline, results):
         assert float(row["linear_probe"]) == space[row["of"]]["linear_probe"] and float(row["nmi"]) == space[row["of"]]["nmi"]
         alive = str(pipeline.results["lapo_pretrain"]["test/idm_active_share"]) if row["of"] == "trained" else ""
         assert row["idm_active_share"] == alive
+        assert (row["variance_between_episodes"] == "") == (row["of"] == "untrained_idm")
     assert len(rows(results / "latent_space.csv")) == 3 and len(rows(results / "latents_2d.csv")) == 64
     assert [int(r["frames"]) for r in rows(results / "curves.csv") if r["method"] == "lapo_finetune_ppo"] == [512, 1024, 1536, 2048]
 
@@ -131,6 +134,18 @@ def test_experiments_are_skipped_resumed_and_never_mixed(tmp_path):
     pretrained.write_text(pretrained.read_text().replace("--num-updates 2000", "--num-updates 1999"))
     done, _ = experiments("small", "all", "maze", "1")
     assert done.returncode == 1 and "maze__lapo_pretrain__1" in done.stderr and "other flags" in done.stderr
+
+
+def test_variance_between():
+    """1 where the group tells the latent, and what scikit-learn's regression on the groups explains elsewhere."""
+    rng = np.random.default_rng(0)
+    groups = rng.integers(5, size=400)
+    z = rng.normal(size=(5, 3))[groups]
+    assert collect_results.variance_between(z, groups) == pytest.approx(1)
+    z = z + rng.normal(size=z.shape)
+    dummies = np.eye(5)[groups]
+    explained = r2_score(z, LinearRegression(fit_intercept=False).fit(dummies, z).predict(dummies), multioutput="variance_weighted")
+    assert collect_results.variance_between(z, groups) == pytest.approx(explained)
 
 
 def test_intervals():
