@@ -35,10 +35,12 @@ small) # the quickstart's networks and data (README, "What the quickstart change
     FINETUNE=(--total-timesteps 163840 --action-head-warmup 7000 10000 --value-head-warmup 5000 10000 --linear-warmup 10000 40000)
     DECODE=(--num-labels 16 32 64 128 256 512 1024 2048 4096 8192 --table-labels 256 --num-draws 3 --eval-episodes 60
         --decoder-updates 200 --bc-updates 200 --bc-epochs 10 --bc-batch-size 64)
+    MANY=(--num-labels 1024 2048 4096 8192 --table-labels 1024 --num-draws 3 --eval-episodes 60)
     TUNE=(--finetune all --finetune-epochs 10 --finetune-learning-rate 5e-4) # as cloning from scratch learns
     ;;
 paper)
-    COLLECT=() PRETRAIN=() BC=() FINETUNE=() DECODE=() TUNE=(--finetune all --finetune-updates 1000 --finetune-learning-rate 5e-4)
+    COLLECT=() PRETRAIN=() BC=() FINETUNE=() DECODE=() MANY=(--num-labels 1024 2048 4096 8192 --table-labels 1024)
+    TUNE=(--finetune all --finetune-updates 1000 --finetune-learning-rate 5e-4)
     ;;
 *)
     echo "error: SCALE is $SCALE, expected small or paper" >&2
@@ -90,6 +92,8 @@ for seed in "$@"; do
     fi
     if [ "$EXPERIMENT" = offline ] || [ "$EXPERIMENT" = all ]; then
         run lapo_decode.py lapo_decode "$seed" --data-dir "$DATA" "${DECODE[@]}"
+        # many labels are worth more updates of the decoder than lapo_decode.py's 200
+        run lapo_decode.py lapo_decode_800_updates "$seed" --data-dir "$DATA" "${MANY[@]}" --decoder-updates 800 --no-bc
     fi
     if [ "$EXPERIMENT" = improved ]; then
         run lapo_decode.py lapo_decode_features "$seed" --data-dir "$DATA" "${DECODE[@]}" --no-bc --decoder-features

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NAMES = {
     "rl_sl": "LAPO: RL + online decoder", "rl_no_sl": "LAPO: RL, no decoder", "no_vq": "LAPO: no decoder, no VQ",
     "ppo_from_scratch": "PPO from scratch", "lapo_decoder": "LAPO + decoder", "bc_from_scratch": "cloning from scratch",
-    "random": "random", "demonstrator": "demonstrator",
+    "random": "random", "demonstrator": "demonstrator", "lapo_decode_800_updates": "LAPO + decoder, 800 updates",
 }  # fmt: skip
 COLORS = {  # Okabe and Ito: survives colour blindness
     "rl_sl": "#0072B2", "rl_no_sl": "#56B4E9", "no_vq": "#009E73", "ppo_from_scratch": "#D55E00",
@@ -156,7 +156,7 @@ def style(method, ours):
     """Colour, marker and name of a method; `ours` lists the runs of lapo_decode.py with other flags."""
     if method in ours:
         color, marker = OURS[ours.index(method) % len(OURS)]
-        return {"color": color, "marker": marker, "label": f"ours: {method.removeprefix('lapo_decode_').replace('_', ' ')}"}
+        return {"color": color, "marker": marker, "label": NAMES.get(method, f"ours: {method.removeprefix('lapo_decode_').replace('_', ' ')}")}
     return {"color": COLORS[method], "marker": MARKERS.get(method), "label": NAMES[method]}
 
 

@@ -195,6 +195,29 @@ def learned(x, actions, how):
     return stage.fit(build(), x, actions, best_updates(build, x, actions, 800, *how), *how)
 
 
+def draw_report(report, path):
+    """The picture of a why-it-stalls-ENV_ID.json: cross-entropy of what the actions do, against the number of labels."""
+    x, each = report["num_labels"], {name: np.array(y).reshape(-1, len(report["num_labels"])) for name, y in report["each"]["effects"].items()}
+    fig, ax = plt.subplots(figsize=(7.6, 4.6))
+    for name, (color, line, marker) in LOOKS.items():
+        ax.plot(x, each[name].mean(0), line, color=color, marker=marker, ms=5, label=name)
+        ax.fill_between(x, each[name].min(0), each[name].max(0), color=color, alpha=0.12, lw=0)
+    for key, line, label in (("demonstrator_entropy", "--", "demonstrator's entropy"), ("entropy_given_next_frame", ":", "left by the next frame")):
+        ax.axhline(report[key]["effects"], color="black", ls=line, lw=1, label=label)
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    effects, draws = len(set(report["groups"])), np.shape(report["each"]["effects"]["idm latent"])[1]
+    title = f"{report['env_id']}, 15 actions with {effects} effects (seeds: {len(report['seeds'])}, draws: {draws})"
+    ax.set(xlabel="labelled frames", ylabel="cross-entropy of what the action does (nats)", title=title)
+    ax.set_ylim(0, 1.2 * each["frequencies of actions"].max())
+    ax.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1, 0.5))
+    text = (
+        "Held-out frames; lower is better; bands: lowest to highest. Lines that leave the picture overfit. Look for the gap from green to dark blue."
+    )
+    fig.text(0.5, -0.02, text, ha="center", va="top", fontsize=8)
+    fig.savefig(path, dpi=90, bbox_inches="tight")
+
+
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     data_dir = Path(args.data_dir or Path(args.runs_dir) / "data" / args.env_id)
@@ -248,26 +271,7 @@ if __name__ == "__main__":
                 for name, of_actions in logits.items():
                     losses[name][:, i, draw, j] = cross_entropy(of_actions, actions_test, groups)
 
-    what = ("the action", "what the action does")
-    fig, axes = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
-    for k, ax in enumerate(axes):
-        for name, (color, line, marker) in LOOKS.items():
-            y = losses[name][k].reshape(-1, len(args.num_labels))
-            ax.plot(args.num_labels, y.mean(0), line, color=color, marker=marker, ms=5, label=name)
-            ax.fill_between(args.num_labels, y.min(0), y.max(0), color=color, alpha=0.12, lw=0)
-        for floor, line, label in zip(floors[k], ("--", ":"), ("the demonstrator's entropy", "of it, what the next frame does not tell")):
-            ax.axhline(floor, color="black", ls=line, lw=1, label=label)
-        ax.set_xscale("log", base=2)
-        ax.set(xlabel="labelled frames", ylabel=f"cross-entropy of {what[k]} (nats)")
-    effects = len(groups.unique())
-    axes[0].set_title(f"{args.env_id}: 15 actions (seeds: {len(args.seeds)}, draws: {args.num_draws})")
-    axes[1].set_title(f"{args.env_id}: those that do the same as one ({effects})")
-    axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    caption = "Held-out frames; lower is better; bands: lowest to highest. Look for what goes on falling where the dark blue line stops."
-    fig.text(0.5, -0.02, caption, ha="center", va="top", fontsize=9)
-    path = Path(args.out) / f"why-it-stalls-{args.env_id}"
-    fig.savefig(f"{path}.png", dpi=110, bbox_inches="tight")
-    of = ("actions", "effects")
+    path, of = Path(args.out) / f"why-it-stalls-{args.env_id}", ("actions", "effects")
     report = {
         "env_id": args.env_id, "seeds": args.seeds, "num_labels": args.num_labels, "test_frames": len(actions_test), "torch": torch.__version__,
         "states": len(probabilities), "groups": groups.tolist(),
@@ -277,9 +281,11 @@ if __name__ == "__main__":
         "each": {k: {name: losses[name][i].round(4).tolist() for name in LOOKS} for i, k in enumerate(of)},
     }  # fmt: skip
     Path(f"{path}.json").write_text(json.dumps(report))
-    for k, name in enumerate(what):
-        print(f"\ncross-entropy of {name}; the demonstrator's entropy {floors[k][0]:.3f}, of which the next frame does not tell {floors[k][1]:.3f}")
+    draw_report(report, f"{path}.png")
+    for k, name in zip(of, ("the action", "what the action does")):
+        floor = f"the demonstrator's entropy {report['demonstrator_entropy'][k]}, the next frame leaves {report['entropy_given_next_frame'][k]}"
+        print(f"\ncross-entropy of {name}; {floor}")
         print(f"{'labels':24s}" + "".join(f"{n:8d}" for n in args.num_labels))
-        for line in LOOKS:
-            print(f"{line:24s}" + "".join(f"{x:8.3f}" for x in losses[line][k].mean((0, 1))))
+        for line, values in report["cross_entropy"][k].items():
+            print(f"{line:24s}" + "".join(f"{x:8.3f}" for x in values))
     print(f"wrote {path}.json and .png")

@@ -124,8 +124,8 @@ def test_experiments_are_skipped_resumed_and_never_mixed(tmp_path):
     done, names = experiments("small", "online", "maze", "1")
     first = ["collect_expert_data", "lapo_pretrain", "lapo_bc", "rl_sl", "rl_no_sl", "ppo_from_scratch"]
     assert names == [*first, "lapo_pretrain_no_vq", "lapo_bc_no_vq", "no_vq"], done.stderr
-    assert experiments("small", "all", "maze", "1")[1] == ["lapo_decode"]  # the rest is done
-    assert experiments("small", "offline", "maze", "1", "2")[1] == ["lapo_pretrain", "lapo_bc", "lapo_decode"]
+    assert experiments("small", "all", "maze", "1")[1] == ["lapo_decode", "lapo_decode_800_updates"]  # the rest is done
+    assert experiments("small", "offline", "maze", "1", "2")[1] == ["lapo_pretrain", "lapo_bc", "lapo_decode", "lapo_decode_800_updates"]
     pretrained = tmp_path / "runs" / "small" / "maze__lapo_pretrain__1" / "results.json"
     later = pretrained.stat().st_mtime + 1000
     os.utime(pretrained, (later, later))
