@@ -31,9 +31,11 @@ NAMES = {
 COLORS = {  # Okabe and Ito: survives colour blindness
     "rl_sl": "#0072B2", "rl_no_sl": "#56B4E9", "no_vq": "#009E73", "ppo_from_scratch": "#D55E00",
     "lapo_decoder": "#0072B2", "bc_from_scratch": "#D55E00", "random": "#999999", "demonstrator": "#333333",
+    "lapo_decode_800_updates": "#56B4E9", "lapo_decode_features_finetuned": "#CC79A7",
 }  # fmt: skip
 MARKERS = {"rl_sl": "o", "rl_no_sl": "s", "no_vq": "^", "ppo_from_scratch": "D", "lapo_decoder": "o", "bc_from_scratch": "D"}
-OURS = [("#CC79A7", "v"), ("#E69F00", "P"), ("#F0E442", "X"), ("#000000", "*")]  # for lapo_decode_* runs
+MARKERS |= {"lapo_decode_800_updates": "s", "lapo_decode_features_finetuned": "v"}
+OURS = [("#E69F00", "P"), ("#009E73", "X"), ("#000000", "*"), ("#F0E442", "p")]  # for other lapo_decode_* runs
 ONLINE = ("rl_sl", "rl_no_sl", "no_vq", "ppo_from_scratch")
 # Read off the paper's figures, all levels, expert of 50M frames (mean of 16 games, 3 seeds, relative to the paper's expert)
 PAPER_ONLINE = {"rl_sl": 1.00, "rl_no_sl": 0.93, "no_vq": 0.81, "ppo_from_scratch": 0.44}
@@ -154,10 +156,10 @@ class Scores:
 
 def style(method, ours):
     """Colour, marker and name of a method; `ours` lists the runs of lapo_decode.py with other flags."""
-    if method in ours:
+    color, marker = COLORS.get(method), MARKERS.get(method)
+    if color is None:
         color, marker = OURS[ours.index(method) % len(OURS)]
-        return {"color": color, "marker": marker, "label": NAMES.get(method, f"ours: {method.removeprefix('lapo_decode_').replace('_', ' ')}")}
-    return {"color": COLORS[method], "marker": MARKERS.get(method), "label": NAMES[method]}
+    return {"color": color, "marker": marker, "label": NAMES.get(method, f"ours: {method.removeprefix('lapo_decode_').replace('_', ' ')}")}
 
 
 def two_axes(ax, scores, env_id):
