@@ -122,7 +122,7 @@ class Args:
     decoder_hidden: tuple[int, ...] = (192, 128, 64)
     """hidden widths of the decoder"""
     decoder_updates: int = 200
-    """gradient steps of a decoder; many overfit a handful of labels"""
+    """gradient steps of a decoder; many overfit a handful of labels, and with thousands 800 do better (README, Beyond the paper)"""
     decoder_features: bool = False
     """ours: the decoder sees the policy's 256 features beside its latent, and learns from both on the labelled frames, not from the IDM's latent"""
     finetune: Literal["none", "head", "all"] = "none"
