@@ -214,9 +214,9 @@ def test_script_without_labels(pipeline, respond, tmp_path, how):
     "flags, words",
     [
         ("--env-id pong", ("--env-id pong", "coinrun")),
-        ("--seed 7", (str(run_dir("lapo_pretrain", 7) / "checkpoint.pt"), f"`python lapo_pretrain.py --env-id {ENV_ID}`")),
+        ("--seed 7", (str(run_dir("lapo_pretrain", 7) / "checkpoint.pt"), f"`python lapo_pretrain.py --env-id {ENV_ID} --seed 7`")),
         (f"--pretrain-checkpoint {run_dir('lapo_bc') / 'checkpoint.pt'}", ("has stage lapo_bc, expected lapo_pretrain",)),
-        ("--data-dir nowhere", ("no dataset at nowhere", f"`python collect_expert_data.py --env-id {ENV_ID}`")),
+        ("--data-dir nowhere", ("no dataset at nowhere", f"`python collect_expert_data.py --env-id {ENV_ID} --data-dir nowhere`")),
         ("--num-windows 100000", ("--num-windows 100000 exceeds the", "lower it or collect more")),
         ("--num-labels 301", ("--num-labels 301 exceeds --num-windows 300",)),
         ("--num-codes 10", ("--num-codes is 10, expected at most 9",)),
