@@ -897,13 +897,8 @@ if __name__ == "__main__":
             progress.set_postfix(shown)
         if checkpointer.due() or step == args.num_updates:
             states = {name: module.state_dict() for name, module in modules.items()}
-            progress_meta = {
-                "step": step,
-                "curve": curve,
-                "picture_seconds": picture_seconds,
-                "inputs": inputs,
-                "wall_seconds": time.time() - start_time,
-            }
+            progress_meta = {"step": step, "curve": curve, "picture_seconds": picture_seconds}
+            progress_meta |= {"inputs": inputs, "wall_seconds": time.time() - start_time}
             # first this, then resume.pt: a run that goes on from there writes this file again
             weights = {name: states[name] for name in ("idm", "vq", "fdm")}
             save_checkpoint(run_dir / "checkpoint.pt", {**meta, "updates": step}, **weights)

@@ -28,6 +28,7 @@ do not run out, have 1,500. Writes benchmark/results/why-it-stalls-ENV_ID.{json,
 """
 
 import copy
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ def try_actions(env_id, expert_path, data_meta, num_states, held=4):
     env, trial = stage.make_env(env_id, 16, *levels, 1), stage.make_env(env_id, 15, *levels, 1)
     probabilities, same_frame, same = [], [], np.ones((15, 15), dtype=bool)
     progress = tqdm(total=num_states, desc="trying all actions", unit="state")
-    for step in range(10**9):
+    for step in itertools.count():
         shares = agent(torch.from_numpy(env.observe()[1]["rgb"]))[0].softmax(-1)
         if step % 8 == 7:
             for state, share in zip(get_env_state(env), shares):
