@@ -19,6 +19,7 @@ Next:
 """
 
 import contextlib
+import copy
 import fcntl
 import hashlib
 import json
@@ -37,6 +38,7 @@ import zipfile
 from dataclasses import asdict, dataclass
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -44,11 +46,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.optim as optim
 import tyro
-from procgen.env import ENV_NAMES
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm, trange
 
-FORMAT_VERSION = 1  # of checkpoints and datasets
+FORMAT_VERSION = 2  # of checkpoints
+DATA_FORMAT_VERSION = 1  # of datasets
 NOT_COMPARED = {"resume", "overwrite", "verify", "track", "wandb_project_name", "wandb_entity", "checkpoint_seconds"}  # may change when a run goes on
 # numbers in checkpoints that networks are built from
 SIZES = {"scale", "idm_scale", "policy_scale", "vq_num_codebooks", "vq_num_slots", "vq_dim"}
@@ -64,9 +66,9 @@ class Args:
     torch_deterministic: bool = True
     """if toggled, `torch.backends.cudnn.deterministic=True`"""
     cuda: bool = True
-    """if toggled, cuda is used when there is one"""
-    bf16: bool = True
-    """run the networks' forward pass in bfloat16 (faster where the processor knows it; parameters and loss stay float32)"""
+    """if toggled, cuda (or another accelerator that torch knows) is used when there is one"""
+    bf16: tyro.conf.DisallowNone[bool | None] = None
+    """run the networks' forward pass in bfloat16 (parameters and loss stay float32); default: if that is faster on this machine"""
     track: bool = False
     """if toggled, this experiment is also tracked with Weights and Biases (`pip install wandb`)"""
     wandb_project_name: str = "lapo"
@@ -90,6 +92,8 @@ class Args:
     """check every file of the dataset against its checksum first (sizes and headers are always checked)"""
     pretrain_checkpoint: str | None = None
     """the checkpoint of lapo_pretrain.py; default RUNS_DIR/ENV_ID__lapo_pretrain__SEED/checkpoint.pt"""
+    allow_unfinished: bool = False
+    """take the checkpoint of an unfinished run, too"""
 
     num_updates: int = 60_000
     """gradient steps"""
@@ -101,6 +105,8 @@ class Args:
     """length of the warm-up"""
     policy_scale: float = 4.0
     """width of the policy's IMPALA-CNN: 16, 32, 32 channels times this"""
+    patch_size: Literal[1, 2, 4] = 1
+    """pixels a side of the patches that the policy folds into channels; 1: the paper's, 2: twice the speed for the same width"""
     eval_every: int = 1000
     """updates between evaluations on test frames"""
     eval_frames: int = 4096
@@ -121,11 +127,15 @@ class ResidualBlock(nn.Module):
 
 
 class ImpalaCNN(nn.Module):
-    """IMPALA-CNN (Espeholt et al. 2018, figure 3 right), (B, C, 64, 64) -> (B, 256), with 16, 32, 32 channels times `scale`."""
+    """IMPALA-CNN (Espeholt et al. 2018, figure 3 right), (B, C, 64, 64) -> (B, 256), with 16, 32, 32 channels times `scale`.
 
-    def __init__(self, in_channels, scale):
+    patch_size P (1 in the paper) folds patches of P x P pixels into channels first: (B, C * P^2, 64 / P, 64 / P).
+    """
+
+    def __init__(self, in_channels, scale, patch_size=1):
         super().__init__()
-        layers = []
+        layers = [nn.PixelUnshuffle(patch_size)] if patch_size > 1 else []
+        in_channels *= patch_size**2
         for channels in (int(16 * scale), int(32 * scale), int(32 * scale)):
             layers += [
                 nn.Conv2d(in_channels, channels, kernel_size=3, padding=1),
@@ -134,8 +144,8 @@ class ImpalaCNN(nn.Module):
                 ResidualBlock(channels, channels),
             ]
             in_channels = channels
-        self.conv = nn.Sequential(*layers, nn.Flatten(), nn.ReLU())  # (B, 32 * scale * 8 * 8)
-        self.fc = nn.Linear(int(32 * scale) * 8 * 8, 256)
+        self.conv = nn.Sequential(*layers, nn.Flatten(), nn.ReLU())  # (B, 32 * scale * (8 / P)^2)
+        self.fc = nn.Linear(int(32 * scale) * (8 // patch_size) ** 2, 256)
 
     def forward(self, x):
         return torch.relu(self.fc(self.conv(x)))
@@ -144,9 +154,9 @@ class ImpalaCNN(nn.Module):
 class IDM(nn.Module):
     """Inverse dynamics model: frames o_{t-1}, o_t, o_{t+1} stacked on channels (B, 9, 64, 64) -> continuous latent (B, latent_dim)."""
 
-    def __init__(self, scale, latent_dim):
+    def __init__(self, scale, latent_dim, patch_size=1):
         super().__init__()
-        self.network = ImpalaCNN(9, scale)
+        self.network = ImpalaCNN(9, scale, patch_size)
         self.head = nn.Linear(256, latent_dim)
 
     def forward(self, x):
@@ -156,9 +166,9 @@ class IDM(nn.Module):
 class LatentPolicy(nn.Module):
     """pi(o_t): observations (B, 64, 64, 3) uint8 -> latent action (B, latent_dim). The value head waits for fine-tuning."""
 
-    def __init__(self, scale, latent_dim):
+    def __init__(self, scale, latent_dim, patch_size=1):
         super().__init__()
-        self.network = ImpalaCNN(3, scale)
+        self.network = ImpalaCNN(3, scale, patch_size)
         self.head = nn.Linear(256, latent_dim)
         self.critic = nn.Linear(256, 1)
 
@@ -253,6 +263,9 @@ def start_run(run_dir, args, inputs):
                 raise ValueError("its description is damaged")
         except Exception as e:
             sys.exit(f"error: {resume_path} cannot be read ({first_line(e)}), so that the unfinished run in its folder cannot go on: {mend}")
+        if args.bf16 is None:
+            args.bf16 = meta["args"].get("bf16")
+            print(f"going on in {'bfloat16' if args.bf16 else 'float32'}, as the run began (on another machine it may be the slower one)")
         now = {key: value for key, value in asdict(args).items() if key not in NOT_COMPARED}
         changed = [key for key, value in now.items() if repr(meta["args"].get(key)) != repr(value)]
         if changed:
@@ -283,27 +296,60 @@ def refusing_damage(path):
         sys.exit(f"error: {path} is damaged, so that the unfinished run in its folder cannot go on ({first_line(e)}): start afresh with --overwrite")
 
 
+def this_command():
+    """The command that goes on with this run."""
+    return "python " + shlex.join(arg for arg in sys.argv if arg != "--overwrite")
+
+
 class Checkpointer:
     """Says when to save: every `seconds`, and once SIGINT or SIGTERM has come (which a second time ends the process as usual)."""
 
     def __init__(self, seconds):
-        self.seconds, self.last, self.stop = seconds, time.time(), False
+        self.seconds, self.last, self.stop = seconds, time.time(), 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.request)
 
     def request(self, number, _):
-        self.stop = True
+        self.stop = number
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     def due(self):
-        return self.stop or time.time() - self.last >= self.seconds
+        return self.stop > 0 or time.time() - self.last >= self.seconds
 
     def saved(self, run_dir):
         """To be called after saving; ends the process if that was asked for."""
         self.last = time.time()
         if self.stop:
-            print(f"\nstopped and saved in {run_dir}; go on with: python {shlex.join(arg for arg in sys.argv if arg != '--overwrite')}")
-            sys.exit(0)
+            print(f"\nstopped and saved in {run_dir}; go on with: {this_command()}")
+            sys.exit(128 + self.stop)  # 130 or 143, as shells expect: a pipeline stops here
+
+
+def choose_precision(args, device, work):
+    """The autocast of this run, in bfloat16 or float32: as --bf16 or --no-bf16 says, else whichever is faster here. Notes it in args.bf16.
+
+    On a CPU work(autocast), a step of this script's own network on a few samples, is timed in both; that takes less than 3 s.
+    """
+    autocasts = [torch.autocast(device.type, torch.bfloat16, enabled=enabled) for enabled in (False, True)]
+
+    def seconds(function, *inputs):
+        times, end = [], time.perf_counter() + 0.4
+        while len(times) < 2 or time.perf_counter() < end:
+            start = time.perf_counter()
+            function(*inputs)
+            times.append(time.perf_counter() - start)
+        return min(times[1:])  # the first one warms up
+
+    if args.bf16 is None and device.type != "cpu":
+        args.bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    elif args.bf16 is None:
+        x = torch.ones(256, 256)
+        ratio = seconds(torch.mm, x, x) / seconds(torch.mm, x.bfloat16(), x.bfloat16())
+        if ratio > 0.2:  # without bfloat16 instructions it is a hundredth: the script's own step would take minutes
+            ratio = seconds(work, autocasts[0]) / seconds(work, autocasts[1])
+        args.bf16 = ratio > 1.1
+        other = "--no-bf16 to force float32" if args.bf16 else "so float32; --bf16 to force bfloat16"
+        print(f"bfloat16: {ratio:.2g}× float32 on this machine ({other})")
+    return autocasts[args.bf16]
 
 
 def get_rng_state(*generators):
@@ -348,8 +394,8 @@ def write_aside(path, write):
         sys.exit(f"error: {path} cannot be written ({why}); what was saved before is intact: make room there, then run it again, without --overwrite")
 
 
-def load_checkpoint(path, stage, env_id, made_by, parts=()):
-    """Reads a checkpoint and refuses, in one sentence, what is not one of `stage` for `env_id`."""
+def load_checkpoint(path, stage, args, made_by, parts=()):
+    """Reads a checkpoint and refuses, in one sentence, what is not one of a finished run of `stage` for this game."""
     if not Path(path).is_file():
         sys.exit(f"error: no checkpoint at {path}: make it with `{made_by}`, or name another one")
     try:
@@ -359,7 +405,7 @@ def load_checkpoint(path, stage, env_id, made_by, parts=()):
             raise ValueError("it holds no dictionary")
     except Exception as e:
         sys.exit(f"error: {path} cannot be read as a checkpoint ({type(e).__name__}): make it again with `{made_by}`")
-    for key, want in (("format_version", FORMAT_VERSION), ("stage", stage), ("env_id", env_id)):
+    for key, want in (("format_version", FORMAT_VERSION), ("stage", stage), ("env_id", args.env_id)):
         if repr(meta.get(key)) != repr(want):
             sys.exit(f"error: {path} has {key} {first_line(meta.get(key))}, expected {want}: make one with `{made_by}`")
     missing = [part for part in parts if part not in checkpoint] + ["args"] * ("args" not in meta)
@@ -373,9 +419,8 @@ def load_checkpoint(path, stage, env_id, made_by, parts=()):
             missing.append(part)
     if missing:
         sys.exit(f"error: {path} lacks or misstates {', '.join(missing)}: make it again with `{made_by}`")
-    done, planned = meta.get("updates"), meta["args"].get("num_updates")
-    if type(done) is type(planned) is int and done < planned:
-        print(f"warning: {path} is of an unfinished run, after {done} of {planned} updates", file=sys.stderr)
+    if meta.get("unfinished") and not args.allow_unfinished:
+        sys.exit(f"error: {path} is of an unfinished run: finish it with `{first_line(meta.get('command'))}`, or add --allow-unfinished")
     return checkpoint
 
 
@@ -405,7 +450,7 @@ def load_meta(data_dir, env_id):
         sys.exit(f"error: {data_dir}/meta.json is not JSON: collect the dataset again with `{command} --overwrite`")
     if not isinstance(meta, dict):
         sys.exit(f"error: {data_dir}/meta.json holds no dictionary: collect the dataset again with `{command} --overwrite`")
-    for key, want in (("format_version", FORMAT_VERSION), ("env_id", env_id)):
+    for key, want in (("format_version", DATA_FORMAT_VERSION), ("env_id", env_id)):
         if meta.get(key) != want:
             sys.exit(
                 f"error: {data_dir} has {key} {first_line(meta.get(key))}, expected {want}: make it with `{command}`, or choose another --data-dir"
@@ -539,8 +584,6 @@ def provenance(args, device):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    if args.env_id not in ENV_NAMES:
-        sys.exit(f"error: --env-id {args.env_id} is not a Procgen game: choose one of {', '.join(ENV_NAMES)}")
     require(args, num_updates=1, batch_size=1, eval_every=1, eval_frames=1)
     data_dir = Path(args.data_dir or f"data/{args.env_id}")
     run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
@@ -548,9 +591,11 @@ if __name__ == "__main__":
         sys.exit(f"error: {run_dir} already holds a finished run: add --overwrite to replace it, or choose another --exp-name or --seed")
     pretrain_path = args.pretrain_checkpoint or Path(args.runs_dir) / f"{args.env_id}__lapo_pretrain__{args.seed}" / "checkpoint.pt"
     made_by = f"python lapo_pretrain.py --env-id {args.env_id}" + same_place(args, "data_dir", "runs_dir", "seed")
-    pretrained = load_checkpoint(pretrain_path, "lapo_pretrain", args.env_id, made_by, ("idm",))
+    pretrained = load_checkpoint(pretrain_path, "lapo_pretrain", args, made_by, ("idm",))
     pretrain_args = pretrained["meta"]["args"]
-    idm = load_network(lambda: IDM(pretrain_args["idm_scale"], num_latents(pretrain_args)), pretrained["idm"], pretrain_path, made_by)
+    idm = load_network(
+        lambda: IDM(pretrain_args["idm_scale"], num_latents(pretrain_args), pretrain_args["patch_size"]), pretrained["idm"], pretrain_path, made_by
+    )
     latent_dim = idm.head.out_features
     data_meta = load_meta(data_dir, args.env_id)
     if args.verify:
@@ -568,14 +613,23 @@ if __name__ == "__main__":
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-    origin = provenance(args, device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+    device = (torch.accelerator.current_accelerator(check_available=True) if args.cuda else None) or torch.device("cpu")
     start_time = time.time() - (state["meta"]["wall_seconds"] if state else 0)
 
     idm = idm.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    policy = LatentPolicy(args.policy_scale, latent_dim).to(device).to(memory_format=torch.channels_last)
+    policy = LatentPolicy(args.policy_scale, latent_dim, args.patch_size).to(device).to(memory_format=torch.channels_last)
     optimizer = optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)
+
+    trial, trial_obs = copy.deepcopy(policy), torch.from_numpy(train_frames[:16]).to(device)
+
+    def trial_step(autocast):
+        with autocast:
+            z = trial(trial_obs)
+        z.square().mean().backward()
+
+    autocast = choose_precision(args, device, trial_step)
+    origin = provenance(args, device)
+    print(f"{args.env_id}: {run_dir}, {origin['device_name']}, {'bfloat16' if args.bf16 else 'float32'}")
 
     def lr_factor(update):
         if update < args.warmup_updates:
@@ -585,6 +639,7 @@ if __name__ == "__main__":
     meta = {
         "stage": "lapo_bc", "env_id": args.env_id, "num_levels": data_meta["num_levels"], "start_level": data_meta["start_level"],
         "demonstrator": data_meta.get("demonstrator"), "data_dir": str(data_dir), "args": asdict(args), "pretrain_args": pretrain_args,
+        "command": this_command(),
     }  # fmt: skip
     rng, checkpointer = np.random.default_rng(args.seed), Checkpointer(args.checkpoint_seconds)
     modules = {"policy": policy, "optimizer": optimizer}
@@ -599,7 +654,7 @@ if __name__ == "__main__":
     def save(step, labelled):
         if step:  # the IDM travels along: decoding and fine-tuning label transitions with it
             states = {"policy": policy.state_dict(), "idm": idm.state_dict(), "latent_mean": latent_mean, "latent_std": latent_std}
-            save_checkpoint(run_dir / "checkpoint.pt", {**meta, "updates": step}, **states)
+            save_checkpoint(run_dir / "checkpoint.pt", {**meta, "updates": step, "unfinished": step < args.num_updates}, **states)
         # this last: a run that goes on from here writes the other file again
         states = {name: module.state_dict() for name, module in modules.items()}
         progress_meta = {"step": step, "curve": curve, "labelled": labelled, "inputs": inputs, "wall_seconds": time.time() - start_time}

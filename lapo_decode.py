@@ -36,6 +36,7 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Literal
 
+import gym_notices.notices
 import numpy as np
 import torch
 import torch.nn as nn
@@ -43,13 +44,16 @@ import torch.nn.functional as F
 import torch.optim as optim
 import tyro
 from PIL import Image, ImageDraw, ImageFont
-from procgen import ProcgenGym3Env
-from procgen.env import ENV_NAMES
 from sklearn.cluster import kmeans_plusplus
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-FORMAT_VERSION = 1  # of checkpoints and datasets
+gym_notices.notices.notices.clear()  # else procgen's import of gym prints four lines about gym's future
+from procgen import ProcgenGym3Env  # noqa: E402
+from procgen.env import ENV_NAMES  # noqa: E402
+
+FORMAT_VERSION = 2  # of checkpoints
+DATA_FORMAT_VERSION = 1  # of datasets
 NOT_COMPARED = {"resume", "overwrite", "verify", "track", "wandb_project_name", "wandb_entity", "checkpoint_seconds"}  # may change when a run goes on
 # numbers in checkpoints that networks are built from
 SIZES = {"scale", "idm_scale", "policy_scale", "vq_num_codebooks", "vq_num_slots", "vq_dim"}
@@ -73,9 +77,9 @@ class Args:
     torch_deterministic: bool = True
     """if toggled, `torch.backends.cudnn.deterministic=True`"""
     cuda: bool = True
-    """if toggled, cuda is used when there is one"""
-    bf16: bool = True
-    """run the IMPALA-CNNs' forward pass in bfloat16 (faster where the processor knows it; parameters and loss stay float32)"""
+    """if toggled, cuda (or another accelerator that torch knows) is used when there is one"""
+    bf16: tyro.conf.DisallowNone[bool | None] = None
+    """run the IMPALA-CNNs' forward pass in bfloat16 (parameters and loss stay float32); default: if that is faster on this machine"""
     track: bool = False
     """if toggled, this experiment is also tracked with Weights and Biases (`pip install wandb`)"""
     wandb_project_name: str = "lapo"
@@ -105,6 +109,8 @@ class Args:
     """check every file of the dataset against its checksum first (sizes and headers are always checked)"""
     bc_checkpoint: str | None = None
     """the checkpoint of lapo_bc.py; default RUNS_DIR/ENV_ID__lapo_bc__SEED/checkpoint.pt"""
+    allow_unfinished: bool = False
+    """take the checkpoint of an unfinished run, too"""
 
     num_labels: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
     """the label counts n of the curve"""
@@ -114,7 +120,7 @@ class Args:
     """draws of the labelled frames; every row is the mean over them"""
     eval_episodes: int = 100
     """episodes per method and label count, spread over the draws; random play gets at least 100"""
-    num_envs: int = 50
+    num_envs: int = 64
     """the most games played in parallel"""
 
     temperature: float = 1.0
@@ -173,11 +179,15 @@ class ResidualBlock(nn.Module):
 
 
 class ImpalaCNN(nn.Module):
-    """IMPALA-CNN (Espeholt et al. 2018, figure 3 right), (B, C, 64, 64) -> (B, 256), with 16, 32, 32 channels times `scale`."""
+    """IMPALA-CNN (Espeholt et al. 2018, figure 3 right), (B, C, 64, 64) -> (B, 256), with 16, 32, 32 channels times `scale`.
 
-    def __init__(self, in_channels, scale):
+    patch_size P (1 in the paper) folds patches of P x P pixels into channels first: (B, C * P^2, 64 / P, 64 / P).
+    """
+
+    def __init__(self, in_channels, scale, patch_size=1):
         super().__init__()
-        layers = []
+        layers = [nn.PixelUnshuffle(patch_size)] if patch_size > 1 else []
+        in_channels *= patch_size**2
         for channels in (int(16 * scale), int(32 * scale), int(32 * scale)):
             layers += [
                 nn.Conv2d(in_channels, channels, kernel_size=3, padding=1),
@@ -186,8 +196,8 @@ class ImpalaCNN(nn.Module):
                 ResidualBlock(channels, channels),
             ]
             in_channels = channels
-        self.conv = nn.Sequential(*layers, nn.Flatten(), nn.ReLU())  # (B, 32 * scale * 8 * 8)
-        self.fc = nn.Linear(int(32 * scale) * 8 * 8, 256)
+        self.conv = nn.Sequential(*layers, nn.Flatten(), nn.ReLU())  # (B, 32 * scale * (8 / P)^2)
+        self.fc = nn.Linear(int(32 * scale) * (8 // patch_size) ** 2, 256)
 
     def forward(self, x):
         return torch.relu(self.fc(self.conv(x)))
@@ -196,9 +206,9 @@ class ImpalaCNN(nn.Module):
 class IDM(nn.Module):
     """Inverse dynamics model: frames o_{t-1}, o_t, o_{t+1} stacked on channels (B, 9, 64, 64) -> continuous latent (B, latent_dim)."""
 
-    def __init__(self, scale, latent_dim):
+    def __init__(self, scale, latent_dim, patch_size=1):
         super().__init__()
-        self.network = ImpalaCNN(9, scale)
+        self.network = ImpalaCNN(9, scale, patch_size)
         self.head = nn.Linear(256, latent_dim)
 
     def forward(self, x):
@@ -208,9 +218,9 @@ class IDM(nn.Module):
 class LatentPolicy(nn.Module):
     """pi(o_t): observations (B, 64, 64, 3) uint8 -> latent action (B, latent_dim). The value head waits for fine-tuning."""
 
-    def __init__(self, scale, latent_dim):
+    def __init__(self, scale, latent_dim, patch_size=1):
         super().__init__()
-        self.network = ImpalaCNN(3, scale)
+        self.network = ImpalaCNN(3, scale, patch_size)
         self.head = nn.Linear(256, latent_dim)
         self.critic = nn.Linear(256, 1)
 
@@ -257,9 +267,9 @@ class DecodedPolicy(nn.Module):
 class ScratchPolicy(nn.Module):
     """Behaviour cloning's policy: observations (B, 64, 64, 3) uint8 -> action logits (B, 15), of the latent policy's size."""
 
-    def __init__(self, scale, num_actions=15):
+    def __init__(self, scale, patch_size=1, num_actions=15):
         super().__init__()
-        self.network = ImpalaCNN(3, scale)
+        self.network = ImpalaCNN(3, scale, patch_size)
         self.actor = nn.Linear(256, num_actions)
 
     def forward(self, obs):
@@ -361,6 +371,9 @@ def start_run(run_dir, args, inputs):
                 raise ValueError("its description is damaged")
         except Exception as e:
             sys.exit(f"error: {resume_path} cannot be read ({first_line(e)}), so that the unfinished run in its folder cannot go on: {mend}")
+        if args.bf16 is None:
+            args.bf16 = meta["args"].get("bf16")
+            print(f"going on in {'bfloat16' if args.bf16 else 'float32'}, as the run began (on another machine it may be the slower one)")
         now = {key: value for key, value in asdict(args).items() if key not in NOT_COMPARED}
         changed = [key for key, value in now.items() if repr(meta["args"].get(key)) != repr(value)]
         if changed:
@@ -391,27 +404,60 @@ def refusing_damage(path):
         sys.exit(f"error: {path} is damaged, so that the unfinished run in its folder cannot go on ({first_line(e)}): start afresh with --overwrite")
 
 
+def this_command():
+    """The command that goes on with this run."""
+    return "python " + shlex.join(arg for arg in sys.argv if arg != "--overwrite")
+
+
 class Checkpointer:
     """Says when to save: every `seconds`, and once SIGINT or SIGTERM has come (which a second time ends the process as usual)."""
 
     def __init__(self, seconds):
-        self.seconds, self.last, self.stop = seconds, time.time(), False
+        self.seconds, self.last, self.stop = seconds, time.time(), 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.request)
 
     def request(self, number, _):
-        self.stop = True
+        self.stop = number
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     def due(self):
-        return self.stop or time.time() - self.last >= self.seconds
+        return self.stop > 0 or time.time() - self.last >= self.seconds
 
     def saved(self, run_dir):
         """To be called after saving; ends the process if that was asked for."""
         self.last = time.time()
         if self.stop:
-            print(f"\nstopped and saved in {run_dir}; go on with: python {shlex.join(arg for arg in sys.argv if arg != '--overwrite')}")
-            sys.exit(0)
+            print(f"\nstopped and saved in {run_dir}; go on with: {this_command()}")
+            sys.exit(128 + self.stop)  # 130 or 143, as shells expect: a pipeline stops here
+
+
+def choose_precision(args, device, work):
+    """The autocast of this run, in bfloat16 or float32: as --bf16 or --no-bf16 says, else whichever is faster here. Notes it in args.bf16.
+
+    On a CPU work(autocast), a step of this script's own network on a few samples, is timed in both; that takes less than 3 s.
+    """
+    autocasts = [torch.autocast(device.type, torch.bfloat16, enabled=enabled) for enabled in (False, True)]
+
+    def seconds(function, *inputs):
+        times, end = [], time.perf_counter() + 0.4
+        while len(times) < 2 or time.perf_counter() < end:
+            start = time.perf_counter()
+            function(*inputs)
+            times.append(time.perf_counter() - start)
+        return min(times[1:])  # the first one warms up
+
+    if args.bf16 is None and device.type != "cpu":
+        args.bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    elif args.bf16 is None:
+        x = torch.ones(256, 256)
+        ratio = seconds(torch.mm, x, x) / seconds(torch.mm, x.bfloat16(), x.bfloat16())
+        if ratio > 0.2:  # without bfloat16 instructions it is a hundredth: the script's own step would take minutes
+            ratio = seconds(work, autocasts[0]) / seconds(work, autocasts[1])
+        args.bf16 = ratio > 1.1
+        other = "--no-bf16 to force float32" if args.bf16 else "so float32; --bf16 to force bfloat16"
+        print(f"bfloat16: {ratio:.2g}× float32 on this machine ({other})")
+    return autocasts[args.bf16]
 
 
 def get_rng_state(*generators):
@@ -432,8 +478,8 @@ def set_rng_state(state, *generators):
             g.set_state(given)
 
 
-def load_checkpoint(path, stage, env_id, made_by, parts=()):
-    """Reads a checkpoint and refuses, in one sentence, what is not one of `stage` for `env_id`."""
+def load_checkpoint(path, stage, args, made_by, parts=()):
+    """Reads a checkpoint and refuses, in one sentence, what is not one of a finished run of `stage` for this game."""
     if not Path(path).is_file():
         sys.exit(f"error: no checkpoint at {path}: make it with `{made_by}`, or name another one")
     try:
@@ -443,7 +489,7 @@ def load_checkpoint(path, stage, env_id, made_by, parts=()):
             raise ValueError("it holds no dictionary")
     except Exception as e:
         sys.exit(f"error: {path} cannot be read as a checkpoint ({type(e).__name__}): make it again with `{made_by}`")
-    for key, want in (("format_version", FORMAT_VERSION), ("stage", stage), ("env_id", env_id)):
+    for key, want in (("format_version", FORMAT_VERSION), ("stage", stage), ("env_id", args.env_id)):
         if repr(meta.get(key)) != repr(want):
             sys.exit(f"error: {path} has {key} {first_line(meta.get(key))}, expected {want}: make one with `{made_by}`")
     missing = [part for part in parts if part not in checkpoint] + ["args"] * ("args" not in meta)
@@ -457,9 +503,8 @@ def load_checkpoint(path, stage, env_id, made_by, parts=()):
             missing.append(part)
     if missing:
         sys.exit(f"error: {path} lacks or misstates {', '.join(missing)}: make it again with `{made_by}`")
-    done, planned = meta.get("updates"), meta["args"].get("num_updates")
-    if type(done) is type(planned) is int and done < planned:
-        print(f"warning: {path} is of an unfinished run, after {done} of {planned} updates", file=sys.stderr)
+    if meta.get("unfinished") and not args.allow_unfinished:
+        sys.exit(f"error: {path} is of an unfinished run: finish it with `{first_line(meta.get('command'))}`, or add --allow-unfinished")
     return checkpoint
 
 
@@ -513,7 +558,7 @@ def load_meta(data_dir, env_id):
         sys.exit(f"error: {data_dir}/meta.json is not JSON: collect the dataset again with `{command} --overwrite`")
     if not isinstance(meta, dict):
         sys.exit(f"error: {data_dir}/meta.json holds no dictionary: collect the dataset again with `{command} --overwrite`")
-    for key, want in (("format_version", FORMAT_VERSION), ("env_id", env_id)):
+    for key, want in (("format_version", DATA_FORMAT_VERSION), ("env_id", env_id)):
         if meta.get(key) != want:
             sys.exit(
                 f"error: {data_dir} has {key} {first_line(meta.get(key))}, expected {want}: make it with `{command}`, or choose another --data-dir"
@@ -630,36 +675,41 @@ def draw_return(picture, value):
 
 
 def evaluate(act, env, num_episodes, gif=None):
-    """Returns of num_episodes episodes, (num_episodes,). Each env gives equally many, so that long episodes count as much as short ones."""
-    num_envs = env.num
-    quota = -(-num_episodes // num_envs)
-    running, returns, film, shown, over = np.zeros(num_envs), [[] for _ in range(num_envs)], [], {}, set()
-    while True:
-        playing = np.flatnonzero([len(r) < quota for r in returns])
-        if not len(playing):
-            break
+    """Returns (num_episodes,) of games in which act(obs (B, 64, 64, 3), episode (B,)) takes the actions (B,) of the episodes of these numbers.
+
+    An env that ends its episode begins the next in line, so that none waits for the slowest before the last one has begun; every episode
+    counts, however long. The film shows episodes 0 to 3.
+    """
+    episode, started = np.arange(env.num), env.num
+    running, returns, film, shown = np.zeros(env.num), np.full(num_episodes, np.nan), [], {}
+    progress = tqdm(total=num_episodes, unit="episode", desc="play", mininterval=1, leave=False)
+    while np.isnan(returns).any():
         obs = env.observe()[1]["rgb"]
-        action = np.zeros(num_envs, dtype=np.int32)
-        action[playing] = act(obs[playing])  # envs that have given their share idle along, at no cost to the network
-        if gif and len(film) < 600:
+        playing = np.flatnonzero(episode < num_episodes)
+        action = np.zeros(env.num, dtype=np.int32)
+        action[playing] = act(obs[playing], episode[playing])
+        if gif and len(film) < 600 and (episode[:4] < 4).any():
             for e, picture in enumerate(obs[:4].repeat(3, axis=1).repeat(3, axis=2)):  # (192, 192, 3)
-                if e in playing:
+                if episode[e] == e:
                     shown[e] = draw_action(picture, action[e])
-                elif e not in over:
-                    over.add(e)
-                    shown[e] = draw_return(shown[e] // 2, returns[e][-1])  # stays to the film's end
             film.append(np.concatenate([np.pad(shown[e], ((0, 0), (2, 2), (0, 0)), constant_values=255) for e in shown], axis=1))
         env.act(action)
         reward, _, first = env.observe()
         running += reward
         for e in np.flatnonzero(first):
-            returns[e].append(running[e])
-            running[e] = 0
+            if episode[e] < num_episodes:
+                returns[episode[e]] = running[e]
+                progress.update()
+            if episode[e] == e and e in shown:
+                shown[e] = draw_return(shown[e] // 2, running[e])  # stays to the film's end
+            episode[e], running[e] = started, 0
+            started += 1
+    progress.close()
     if gif:
         import imageio  # comes with procgen
 
         imageio.mimsave(gif, film, duration=1000 / 15, loop=0)
-    return np.array([r[:quota] for r in returns]).T.reshape(-1)[:num_episodes]  # every env's first, every env's second, ...
+    return returns
 
 
 def fit(model, x, actions, updates, learning_rate, batch_size, args, autocast):
@@ -724,11 +774,13 @@ if __name__ == "__main__":
     bc_path = args.bc_checkpoint or Path(args.runs_dir) / f"{args.env_id}__lapo_bc__{args.seed}" / "checkpoint.pt"
     parts = ("policy", "idm", "latent_mean", "latent_std")
     made_by = f"python lapo_bc.py --env-id {args.env_id}" + same_place(args, "data_dir", "runs_dir", "seed")
-    cloned = load_checkpoint(bc_path, "lapo_bc", args.env_id, made_by, parts)
-    pretrain_args, policy_scale = cloned["meta"].get("pretrain_args"), cloned["meta"]["args"].get("policy_scale")
-    idm = load_network(lambda: IDM(pretrain_args["idm_scale"], num_latents(pretrain_args)), cloned["idm"], bc_path, made_by)
+    cloned = load_checkpoint(bc_path, "lapo_bc", args, made_by, parts)
+    pretrain_args, bc_args = cloned["meta"].get("pretrain_args"), cloned["meta"]["args"]
+    idm = load_network(
+        lambda: IDM(pretrain_args["idm_scale"], num_latents(pretrain_args), pretrain_args["patch_size"]), cloned["idm"], bc_path, made_by
+    )
     latent_dim = idm.head.out_features
-    policy = load_network(lambda: LatentPolicy(policy_scale, latent_dim), cloned["policy"], bc_path, made_by)
+    policy = load_network(lambda: LatentPolicy(bc_args["policy_scale"], latent_dim, bc_args["patch_size"]), cloned["policy"], bc_path, made_by)
     latent_mean, latent_std = load_vectors(cloned, ("latent_mean", "latent_std"), latent_dim, bc_path, made_by)
     data_meta = load_meta(data_dir, args.env_id)
     if args.verify:
@@ -759,36 +811,46 @@ if __name__ == "__main__":
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    device = (torch.accelerator.current_accelerator(check_available=True) if args.cuda else None) or torch.device("cpu")
+    trial = ScratchPolicy(bc_args["policy_scale"], bc_args["patch_size"]).to(device).to(memory_format=torch.channels_last)
+    trial_obs = torch.from_numpy(frames[:16]).to(device)
+
+    def trial_step(autocast):
+        with autocast:
+            logits = trial(trial_obs)
+        logits.square().mean().backward()
+
+    autocast = choose_precision(args, device, trial_step)
     origin = provenance(args, device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+    print(f"{args.env_id}: {run_dir}, {origin['device_name']}, {'bfloat16' if args.bf16 else 'float32'}")
     no_autocast = torch.autocast(device.type, enabled=False)
     start_time = time.time() - (state["meta"]["wall_seconds"] if state else 0)
 
     idm, policy = (network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False) for network in (idm, policy))
 
-    def play(logits_of, num_episodes, draw, gif=None):
-        """Returns (num_episodes,) of sampling from softmax(logits_of(obs) / temperature); methods meet the same levels at the same draw."""
+    def play(policies, episodes, draw, gif=None):
+        """Returns (len(policies), episodes) of policies, obs (B, 64, 64, 3) -> logits (B, 15), that sample from softmax(logits / temperature).
+
+        All of them play in one batch of environments: first the episodes of the first policy, then the second's, ...
+        """
         seed = args.seed * 1000 + draw
         generator = torch.Generator(device).manual_seed(seed)
 
         @torch.inference_mode()
-        def act(obs):
-            logits = logits_of(torch.as_tensor(obs, device=device))
+        def act(obs, episode):
+            if checkpointer.stop:
+                save()  # and end; this draw's episodes are lost
+            obs, logits = torch.as_tensor(obs, device=device), torch.zeros(len(obs), 15, device=device)
+            for p in np.unique(episode // episodes):
+                mine = torch.from_numpy(episode // episodes == p).to(device)
+                with autocast:
+                    logits[mine] = policies[p](obs[mine])
             return torch.multinomial((logits / args.temperature).softmax(-1), 1, generator=generator).squeeze(-1).cpu().numpy().astype(np.int32)
 
-        env = make_env(args.env_id, min(args.num_envs, num_episodes), num_levels, start_level, seed)
-        returns = evaluate(act, env, num_episodes, gif)
+        env = make_env(args.env_id, min(args.num_envs, len(policies) * episodes), num_levels, start_level, seed)
+        returns = evaluate(act, env, len(policies) * episodes, gif)
         env.close()
-        return returns
-
-    def lapo_logits(obs):
-        with autocast:
-            return decoded(obs)
-
-    def scratch_logits(obs):
-        with autocast:
-            return scratch(obs)
+        return returns.reshape(len(policies), episodes)
 
     @torch.no_grad()
     def idm_latents(t, steps=1):
@@ -835,65 +897,70 @@ if __name__ == "__main__":
 
     # n labelled transitions of draw d: the first n of its permutation, so more labels contain fewer
     methods = ("lapo_decoder", "bc_from_scratch")[: 1 + args.bc]
-    plan = [(draw, n, method) for draw in range(args.num_draws) for n in args.num_labels for method in methods]
-    curve, episodes_per_draw, checkpointer = [], -(-args.eval_episodes // args.num_draws), Checkpointer(args.checkpoint_seconds)
+    plan = [(n, method) for n in args.num_labels for method in methods]
+    plan.sort(key=lambda policy: policy != (args.table_labels, "lapo_decoder"))  # the one to film comes first
+    episodes_per_draw, checkpointer = -(-args.eval_episodes // args.num_draws), Checkpointer(args.checkpoint_seconds)
     meta = {
         "stage": "lapo_decode", "env_id": args.env_id, "num_levels": num_levels, "start_level": start_level, "n_labels": args.table_labels,
-        "args": asdict(args), "bc_args": cloned["meta"]["args"], "pretrain_args": pretrain_args,
+        "args": asdict(args), "bc_args": bc_args, "pretrain_args": pretrain_args,
     }  # fmt: skip
-    played = []  # returns (episodes_per_draw,) of plan[0], plan[1], ...
+    played = []  # one entry a draw: returns (episodes_per_draw,) of plan[0], plan[1], ...
     if state:
         with refusing_damage(run_dir / "resume.pt"):
             played = state["meta"]["played"]
             set_rng_state(state["rng"])
-    drawn = None
-    progress = tqdm(total=len(plan), initial=len(played), unit="policy", desc="decode")
-    for draw, n, method in plan[len(played) :]:
-        if draw != drawn:
-            order, drawn = np.random.default_rng([args.seed, draw]).permutation(valid_t), draw
-            t = choose(order, draw)[: max(args.num_labels)]
-            actions = torch.from_numpy(labels[t].astype(np.int64)).to(device)  # (n,)
-            obs = torch.from_numpy(frames[t]).to(device)  # (n, 64, 64, 3)
-            if args.decoder_features and not args.pseudo_labels:
-                x, mean, std = outputs_of_policy(t), seen_mean, seen_std
-            else:
-                x, mean, std = idm_latents(t, args.latent_steps), latent_mean.repeat(args.latent_steps), latent_std.repeat(args.latent_steps)
-        if method == "lapo_decoder":
-            decoder = fit(new_decoder(mean, std), x[:n], actions[:n], args.decoder_updates, *how)
-            if args.pseudo_labels:  # decode what the IDM saw, then average over what may follow o_t, instead of the other way round
-                with torch.no_grad():
-                    soft = decoder(unlabelled_z).softmax(-1)  # (65536, 15)
-                decoder = fit(new_decoder(seen_mean, seen_std), seen, soft, args.pseudo_updates, *how)
-            decoded = DecodedPolicy(policy, decoder, features)
-            if args.finetune != "none":
-                decoded.policy = copy.deepcopy(policy)
-                for part in [decoded.policy] if args.finetune == "all" else [decoded.policy.network.fc, decoded.policy.head]:
-                    part.requires_grad_(True)
-                updates = max(args.finetune_updates, -(-args.finetune_epochs * n // args.bc_batch_size))
-                fit(decoded, obs[:n], actions[:n], updates, args.finetune_learning_rate, args.bc_batch_size, args, autocast)
-            film = run_dir / "lapo_decoder.gif" if args.capture_video and (n, draw) == (args.table_labels, 0) else None
-            returns = play(lapo_logits, episodes_per_draw, draw, film)
-            if (n, draw) == (args.table_labels, 0):
-                save_checkpoint(run_dir / "checkpoint.pt", meta, policy=decoded.policy.state_dict(), decoder=decoder.state_dict())
-        else:
-            scratch = ScratchPolicy(policy_scale).to(device).to(memory_format=torch.channels_last)
-            updates = max(args.bc_updates, -(-args.bc_epochs * n // args.bc_batch_size))
-            fit(scratch, obs[:n], actions[:n], updates, args.bc_learning_rate, args.bc_batch_size, args, autocast)
-            returns = play(scratch_logits, episodes_per_draw, draw)
-        played.append(returns.tolist())
-        progress.update()
-        progress.set_postfix_str(f"{method} with {n} labels: {np.mean(returns):.2f}")
-        if checkpointer.due():
-            progress_meta = {"step": 0, "played": played, "inputs": inputs, "wall_seconds": time.time() - start_time}
-            writer.flush()
-            save_checkpoint(run_dir / "resume.pt", {**meta, **progress_meta}, rng=get_rng_state())
-            checkpointer.saved(run_dir)
-    progress.close()
-    returns = {}  # (method, n) -> (num_draws, episodes_per_draw)
-    for (_, n, method), r in zip(plan, played):
-        returns.setdefault((method, n), []).append(r)
+    rng_state = get_rng_state()  # at the beginning of the draw
 
-    random_returns = play(lambda obs: torch.zeros(len(obs), 15, device=device), max(100, args.eval_episodes), args.num_draws)
+    def save():
+        """What an interrupted run goes on from: all draws that are done."""
+        progress_meta = {"step": 0, "played": played, "inputs": inputs, "wall_seconds": time.time() - start_time}
+        writer.flush()
+        save_checkpoint(run_dir / "resume.pt", {**meta, **progress_meta}, rng=rng_state)
+        checkpointer.saved(run_dir)
+
+    for draw in range(len(played), args.num_draws):
+        order = np.random.default_rng([args.seed, draw]).permutation(valid_t)
+        t = choose(order, draw)[: max(args.num_labels)]
+        actions = torch.from_numpy(labels[t].astype(np.int64)).to(device)  # (n,)
+        obs = torch.from_numpy(frames[t]).to(device)  # (n, 64, 64, 3)
+        if args.decoder_features and not args.pseudo_labels:
+            x, mean, std = outputs_of_policy(t), seen_mean, seen_std
+        else:
+            x, mean, std = idm_latents(t, args.latent_steps), latent_mean.repeat(args.latent_steps), latent_std.repeat(args.latent_steps)
+        policies = []
+        for n, method in tqdm(plan, unit="policy", desc=f"draw {draw + 1} of {args.num_draws}: fit", leave=False):
+            if checkpointer.stop:
+                save()
+            if method == "lapo_decoder":
+                decoder = fit(new_decoder(mean, std), x[:n], actions[:n], args.decoder_updates, *how)
+                if args.pseudo_labels:  # decode what the IDM saw, then average over what may follow o_t, instead of the other way round
+                    with torch.no_grad():
+                        soft = decoder(unlabelled_z).softmax(-1)  # (65536, 15)
+                    decoder = fit(new_decoder(seen_mean, seen_std), seen, soft, args.pseudo_updates, *how)
+                decoded = DecodedPolicy(policy, decoder, features)
+                if args.finetune != "none":
+                    decoded.policy = copy.deepcopy(policy)
+                    for part in [decoded.policy] if args.finetune == "all" else [decoded.policy.network.fc, decoded.policy.head]:
+                        part.requires_grad_(True)
+                    updates = max(args.finetune_updates, -(-args.finetune_epochs * n // args.bc_batch_size))
+                    fit(decoded, obs[:n], actions[:n], updates, args.finetune_learning_rate, args.bc_batch_size, args, autocast)
+                policies.append(decoded)
+                if (n, draw) == (args.table_labels, 0):
+                    save_checkpoint(run_dir / "checkpoint.pt", meta, policy=decoded.policy.state_dict(), decoder=decoder.state_dict())
+            else:
+                scratch = ScratchPolicy(bc_args["policy_scale"], bc_args["patch_size"]).to(device).to(memory_format=torch.channels_last)
+                updates = max(args.bc_updates, -(-args.bc_epochs * n // args.bc_batch_size))
+                policies.append(fit(scratch, obs[:n], actions[:n], updates, args.bc_learning_rate, args.bc_batch_size, args, autocast))
+        film = run_dir / "lapo_decoder.gif" if args.capture_video and draw == 0 else None
+        played.append(play(policies, episodes_per_draw, draw, film).tolist())
+        print(f"draw {draw + 1} of {args.num_draws}: " + ", ".join(f"{method} {n}: {np.mean(r):.2f}" for (n, method), r in zip(plan, played[-1])))
+        rng_state = get_rng_state()
+        if checkpointer.due():
+            save()
+    returns = {(method, n): [of_draw[i] for of_draw in played] for i, (n, method) in enumerate(plan)}  # (num_draws, episodes_per_draw) each
+    curve = []
+
+    random_returns = play([lambda obs: torch.zeros(len(obs), 15, device=device)], max(100, args.eval_episodes), args.num_draws)[0]
     paper_random, paper_expert = PAPER_SCORES[args.env_id]
 
     def row(method, mean, stderr, episodes, **more):

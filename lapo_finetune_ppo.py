@@ -33,6 +33,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
+import gym_notices.notices
 import numpy as np
 import torch
 import torch.nn as nn
@@ -40,13 +41,15 @@ import torch.nn.functional as F
 import torch.optim as optim
 import tyro
 from PIL import Image, ImageDraw, ImageFont
-from procgen import ProcgenGym3Env
-from procgen.env import ENV_NAMES
 from torch.distributions.categorical import Categorical
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-FORMAT_VERSION = 1  # of checkpoints and datasets
+gym_notices.notices.notices.clear()  # else procgen's import of gym prints four lines about gym's future
+from procgen import ProcgenGym3Env  # noqa: E402
+from procgen.env import ENV_NAMES  # noqa: E402
+
+FORMAT_VERSION = 2  # of checkpoints
 NOT_COMPARED = {"resume", "overwrite", "verify", "track", "wandb_project_name", "wandb_entity", "checkpoint_seconds"}  # may change when a run goes on
 # numbers in checkpoints that networks are built from
 SIZES = {"scale", "idm_scale", "policy_scale", "vq_num_codebooks", "vq_num_slots", "vq_dim"}
@@ -70,9 +73,9 @@ class Args:
     torch_deterministic: bool = True
     """if toggled, `torch.backends.cudnn.deterministic=True`"""
     cuda: bool = True
-    """if toggled, cuda is used when there is one"""
-    bf16: bool = True
-    """run the convolutions in bfloat16 (faster where the processor knows it; parameters, linear layers and losses stay float32)"""
+    """if toggled, cuda (or another accelerator that torch knows) is used when there is one"""
+    bf16: tyro.conf.DisallowNone[bool | None] = None
+    """run the convolutions in bfloat16 (parameters, linear layers and losses stay float32); default: if that is faster on this machine"""
     track: bool = False
     """if toggled, this experiment is also tracked with Weights and Biases (`pip install wandb`)"""
     wandb_project_name: str = "lapo"
@@ -98,6 +101,8 @@ class Args:
     """the first level, if num_levels > 0; default: that of the dataset"""
     bc_checkpoint: str | None = None
     """the checkpoint of lapo_bc.py; default RUNS_DIR/ENV_ID__lapo_bc__SEED/checkpoint.pt"""
+    allow_unfinished: bool = False
+    """take the checkpoint of an unfinished run, too"""
     sl: bool = True
     """the online decoder; --no-sl is the paper's ablation"""
     from_scratch: bool = False
@@ -177,11 +182,15 @@ class ResidualBlock(nn.Module):
 
 
 class ImpalaCNN(nn.Module):
-    """IMPALA-CNN (Espeholt et al. 2018, figure 3 right), (B, C, 64, 64) -> (B, 256), with 16, 32, 32 channels times `scale`."""
+    """IMPALA-CNN (Espeholt et al. 2018, figure 3 right), (B, C, 64, 64) -> (B, 256), with 16, 32, 32 channels times `scale`.
 
-    def __init__(self, in_channels, scale):
+    patch_size P (1 in the paper) folds patches of P x P pixels into channels first: (B, C * P^2, 64 / P, 64 / P).
+    """
+
+    def __init__(self, in_channels, scale, patch_size=1):
         super().__init__()
-        layers = []
+        layers = [nn.PixelUnshuffle(patch_size)] if patch_size > 1 else []
+        in_channels *= patch_size**2
         for channels in (int(16 * scale), int(32 * scale), int(32 * scale)):
             layers += [
                 nn.Conv2d(in_channels, channels, kernel_size=3, padding=1),
@@ -190,8 +199,8 @@ class ImpalaCNN(nn.Module):
                 ResidualBlock(channels, channels),
             ]
             in_channels = channels
-        self.conv = nn.Sequential(*layers, nn.Flatten(), nn.ReLU())  # (B, 32 * scale * 8 * 8)
-        self.fc = nn.Linear(int(32 * scale) * 8 * 8, 256)
+        self.conv = nn.Sequential(*layers, nn.Flatten(), nn.ReLU())  # (B, 32 * scale * (8 / P)^2)
+        self.fc = nn.Linear(int(32 * scale) * (8 // patch_size) ** 2, 256)
 
     def forward(self, x):
         return torch.relu(self.fc(self.conv(x)))
@@ -200,9 +209,9 @@ class ImpalaCNN(nn.Module):
 class IDM(nn.Module):
     """Inverse dynamics model: frames o_{t-1}, o_t, o_{t+1} stacked on channels (B, 9, 64, 64) -> continuous latent (B, latent_dim)."""
 
-    def __init__(self, scale, latent_dim):
+    def __init__(self, scale, latent_dim, patch_size=1):
         super().__init__()
-        self.network = ImpalaCNN(9, scale)
+        self.network = ImpalaCNN(9, scale, patch_size)
         self.head = nn.Linear(256, latent_dim)
 
     def forward(self, x):
@@ -212,9 +221,9 @@ class IDM(nn.Module):
 class LatentPolicy(nn.Module):
     """pi(o_t): observations (B, 64, 64, 3) uint8 -> latent action (B, latent_dim). The value head waits for fine-tuning."""
 
-    def __init__(self, scale, latent_dim):
+    def __init__(self, scale, latent_dim, patch_size=1):
         super().__init__()
-        self.network = ImpalaCNN(3, scale)
+        self.network = ImpalaCNN(3, scale, patch_size)
         self.head = nn.Linear(256, latent_dim)
         self.critic = nn.Linear(256, 1)
 
@@ -246,9 +255,9 @@ class Agent(nn.Module):
                                                            '- critic -> value
     """
 
-    def __init__(self, scale, latent_dim=None, decoder_hidden=(), num_actions=15):
+    def __init__(self, scale, patch_size=1, latent_dim=None, decoder_hidden=(), num_actions=15):
         super().__init__()
-        self.network = ImpalaCNN(3, scale)
+        self.network = ImpalaCNN(3, scale, patch_size)
         self.actor = nn.Linear(256, num_actions)
         self.critic = nn.Linear(256, 1)
         if latent_dim:
@@ -263,7 +272,7 @@ class Agent(nn.Module):
         nn.init.zeros_(self.actor.bias)
 
     def features(self, obs):
-        """(B, 64, 64, 3) uint8 -> (B, 32 * scale * 8 * 8). HWC memory seen as (B, 3, 64, 64) is channels-last already: no copy."""
+        """(B, 64, 64, 3) uint8 -> (B, 32 * scale * (8 / P)^2). HWC memory seen as (B, 3, 64, 64) is channels-last already: no copy."""
         return self.network.conv(obs.permute(0, 3, 1, 2).float() / 255 - 0.5).float()
 
     def decoder_logits(self, features):
@@ -433,6 +442,9 @@ def start_run(run_dir, args, inputs):
                 raise ValueError("its description is damaged")
         except Exception as e:
             sys.exit(f"error: {resume_path} cannot be read ({first_line(e)}), so that the unfinished run in its folder cannot go on: {mend}")
+        if args.bf16 is None:
+            args.bf16 = meta["args"].get("bf16")
+            print(f"going on in {'bfloat16' if args.bf16 else 'float32'}, as the run began (on another machine it may be the slower one)")
         now = {key: value for key, value in asdict(args).items() if key not in NOT_COMPARED}
         changed = [key for key, value in now.items() if repr(meta["args"].get(key)) != repr(value)]
         if changed:
@@ -463,27 +475,60 @@ def refusing_damage(path):
         sys.exit(f"error: {path} is damaged, so that the unfinished run in its folder cannot go on ({first_line(e)}): start afresh with --overwrite")
 
 
+def this_command():
+    """The command that goes on with this run."""
+    return "python " + shlex.join(arg for arg in sys.argv if arg != "--overwrite")
+
+
 class Checkpointer:
     """Says when to save: every `seconds`, and once SIGINT or SIGTERM has come (which a second time ends the process as usual)."""
 
     def __init__(self, seconds):
-        self.seconds, self.last, self.stop = seconds, time.time(), False
+        self.seconds, self.last, self.stop = seconds, time.time(), 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.request)
 
     def request(self, number, _):
-        self.stop = True
+        self.stop = number
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     def due(self):
-        return self.stop or time.time() - self.last >= self.seconds
+        return self.stop > 0 or time.time() - self.last >= self.seconds
 
     def saved(self, run_dir):
         """To be called after saving; ends the process if that was asked for."""
         self.last = time.time()
         if self.stop:
-            print(f"\nstopped and saved in {run_dir}; go on with: python {shlex.join(arg for arg in sys.argv if arg != '--overwrite')}")
-            sys.exit(0)
+            print(f"\nstopped and saved in {run_dir}; go on with: {this_command()}")
+            sys.exit(128 + self.stop)  # 130 or 143, as shells expect: a pipeline stops here
+
+
+def choose_precision(args, device, work):
+    """The autocast of this run, in bfloat16 or float32: as --bf16 or --no-bf16 says, else whichever is faster here. Notes it in args.bf16.
+
+    On a CPU work(autocast), a step of this script's own network on a few samples, is timed in both; that takes less than 3 s.
+    """
+    autocasts = [torch.autocast(device.type, torch.bfloat16, enabled=enabled) for enabled in (False, True)]
+
+    def seconds(function, *inputs):
+        times, end = [], time.perf_counter() + 0.4
+        while len(times) < 2 or time.perf_counter() < end:
+            start = time.perf_counter()
+            function(*inputs)
+            times.append(time.perf_counter() - start)
+        return min(times[1:])  # the first one warms up
+
+    if args.bf16 is None and device.type != "cpu":
+        args.bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    elif args.bf16 is None:
+        x = torch.ones(256, 256)
+        ratio = seconds(torch.mm, x, x) / seconds(torch.mm, x.bfloat16(), x.bfloat16())
+        if ratio > 0.2:  # without bfloat16 instructions it is a hundredth: the script's own step would take minutes
+            ratio = seconds(work, autocasts[0]) / seconds(work, autocasts[1])
+        args.bf16 = ratio > 1.1
+        other = "--no-bf16 to force float32" if args.bf16 else "so float32; --bf16 to force bfloat16"
+        print(f"bfloat16: {ratio:.2g}× float32 on this machine ({other})")
+    return autocasts[args.bf16]
 
 
 def get_rng_state(*generators):
@@ -504,8 +549,8 @@ def set_rng_state(state, *generators):
             g.set_state(given)
 
 
-def load_checkpoint(path, stage, env_id, made_by, parts=()):
-    """Reads a checkpoint and refuses, in one sentence, what is not one of `stage` for `env_id`."""
+def load_checkpoint(path, stage, args, made_by, parts=()):
+    """Reads a checkpoint and refuses, in one sentence, what is not one of a finished run of `stage` for this game."""
     if not Path(path).is_file():
         sys.exit(f"error: no checkpoint at {path}: make it with `{made_by}`, or name another one")
     try:
@@ -515,7 +560,7 @@ def load_checkpoint(path, stage, env_id, made_by, parts=()):
             raise ValueError("it holds no dictionary")
     except Exception as e:
         sys.exit(f"error: {path} cannot be read as a checkpoint ({type(e).__name__}): make it again with `{made_by}`")
-    for key, want in (("format_version", FORMAT_VERSION), ("stage", stage), ("env_id", env_id)):
+    for key, want in (("format_version", FORMAT_VERSION), ("stage", stage), ("env_id", args.env_id)):
         if repr(meta.get(key)) != repr(want):
             sys.exit(f"error: {path} has {key} {first_line(meta.get(key))}, expected {want}: make one with `{made_by}`")
     missing = [part for part in parts if part not in checkpoint] + ["args"] * ("args" not in meta)
@@ -529,9 +574,8 @@ def load_checkpoint(path, stage, env_id, made_by, parts=()):
             missing.append(part)
     if missing:
         sys.exit(f"error: {path} lacks or misstates {', '.join(missing)}: make it again with `{made_by}`")
-    done, planned = meta.get("updates"), meta["args"].get("num_updates")
-    if type(done) is type(planned) is int and done < planned:
-        print(f"warning: {path} is of an unfinished run, after {done} of {planned} updates", file=sys.stderr)
+    if meta.get("unfinished") and not args.allow_unfinished:
+        sys.exit(f"error: {path} is of an unfinished run: finish it with `{first_line(meta.get('command'))}`, or add --allow-unfinished")
     return checkpoint
 
 
@@ -631,36 +675,41 @@ def draw_return(picture, value):
 
 
 def evaluate(act, env, num_episodes, gif=None):
-    """Returns of num_episodes episodes, (num_episodes,). Each env gives equally many, so that long episodes count as much as short ones."""
-    num_envs = env.num
-    quota = -(-num_episodes // num_envs)
-    running, returns, film, shown, over = np.zeros(num_envs), [[] for _ in range(num_envs)], [], {}, set()
-    while True:
-        playing = np.flatnonzero([len(r) < quota for r in returns])
-        if not len(playing):
-            break
+    """Returns (num_episodes,) of games in which act(obs (B, 64, 64, 3), episode (B,)) takes the actions (B,) of the episodes of these numbers.
+
+    An env that ends its episode begins the next in line, so that none waits for the slowest before the last one has begun; every episode
+    counts, however long. The film shows episodes 0 to 3.
+    """
+    episode, started = np.arange(env.num), env.num
+    running, returns, film, shown = np.zeros(env.num), np.full(num_episodes, np.nan), [], {}
+    progress = tqdm(total=num_episodes, unit="episode", desc="play", mininterval=1, leave=False)
+    while np.isnan(returns).any():
         obs = env.observe()[1]["rgb"]
-        action = np.zeros(num_envs, dtype=np.int32)
-        action[playing] = act(obs[playing])  # envs that have given their share idle along, at no cost to the network
-        if gif and len(film) < 600:
+        playing = np.flatnonzero(episode < num_episodes)
+        action = np.zeros(env.num, dtype=np.int32)
+        action[playing] = act(obs[playing], episode[playing])
+        if gif and len(film) < 600 and (episode[:4] < 4).any():
             for e, picture in enumerate(obs[:4].repeat(3, axis=1).repeat(3, axis=2)):  # (192, 192, 3)
-                if e in playing:
+                if episode[e] == e:
                     shown[e] = draw_action(picture, action[e])
-                elif e not in over:
-                    over.add(e)
-                    shown[e] = draw_return(shown[e] // 2, returns[e][-1])  # stays to the film's end
             film.append(np.concatenate([np.pad(shown[e], ((0, 0), (2, 2), (0, 0)), constant_values=255) for e in shown], axis=1))
         env.act(action)
         reward, _, first = env.observe()
         running += reward
         for e in np.flatnonzero(first):
-            returns[e].append(running[e])
-            running[e] = 0
+            if episode[e] < num_episodes:
+                returns[episode[e]] = running[e]
+                progress.update()
+            if episode[e] == e and e in shown:
+                shown[e] = draw_return(shown[e] // 2, running[e])  # stays to the film's end
+            episode[e], running[e] = started, 0
+            started += 1
+    progress.close()
     if gif:
         import imageio  # comes with procgen
 
         imageio.mimsave(gif, film, duration=1000 / 15, loop=0)
-    return np.array([r[:quota] for r in returns]).T.reshape(-1)[:num_episodes]  # every env's first, every env's second, ...
+    return returns
 
 
 def lr_share(frames, warmup, peak, total):
@@ -745,24 +794,26 @@ if __name__ == "__main__":
     run_dir = Path(args.runs_dir) / f"{args.env_id}__{exp_name}__{args.seed}"
     if (run_dir / "results.json").exists() and not args.overwrite:
         sys.exit(f"error: {run_dir} already holds a finished run: add --overwrite to replace it, or choose another --exp-name or --seed")
-    policy_scale, num_levels, start_level, demonstrator = args.policy_scale, args.num_levels, args.start_level, None
+    policy_scale, patch_size, num_levels, start_level, demonstrator = args.policy_scale, 1, args.num_levels, args.start_level, None
     if not args.from_scratch or policy_scale is None or num_levels is None:
         bc_path = args.bc_checkpoint or Path(args.runs_dir) / f"{args.env_id}__lapo_bc__{args.seed}" / "checkpoint.pt"
         parts = ("policy", "idm", "latent_mean", "latent_std")
         made_by = f"python lapo_bc.py --env-id {args.env_id}" + same_place(args, "runs_dir", "seed")
-        cloned = load_checkpoint(bc_path, "lapo_bc", args.env_id, made_by, parts)
+        cloned = load_checkpoint(bc_path, "lapo_bc", args, made_by, parts)
         if not args.from_scratch or policy_scale is None:
-            policy_scale = cloned["meta"]["args"].get("policy_scale")
+            policy_scale, patch_size = (cloned["meta"]["args"].get(key) for key in ("policy_scale", "patch_size"))
         num_levels = cloned["meta"]["num_levels"] if num_levels is None else num_levels
         start_level = cloned["meta"]["start_level"] if start_level is None else start_level
         demonstrator = cloned["meta"].get("demonstrator")
         if demonstrator and not (isinstance(demonstrator, dict) and isinstance(demonstrator.get("return_mean"), (int, float))):
             sys.exit(f"error: the demonstrator's score in {bc_path} has no return_mean: make it again with `{made_by}`")
         pretrain_args = cloned["meta"].get("pretrain_args")
-        idm = load_network(lambda: IDM(pretrain_args["idm_scale"], num_latents(pretrain_args)), cloned["idm"], bc_path, made_by)
+        idm = load_network(
+            lambda: IDM(pretrain_args["idm_scale"], num_latents(pretrain_args), pretrain_args["patch_size"]), cloned["idm"], bc_path, made_by
+        )
         latent_dim = idm.head.out_features
         if not args.from_scratch:
-            policy = load_network(lambda: LatentPolicy(policy_scale, latent_dim), cloned["policy"], bc_path, made_by)
+            policy = load_network(lambda: LatentPolicy(policy_scale, latent_dim, patch_size), cloned["policy"], bc_path, made_by)
             latent_mean, latent_std = load_vectors(cloned, ("latent_mean", "latent_std"), latent_dim, bc_path, made_by)
     start_level = start_level or 0
 
@@ -773,18 +824,14 @@ if __name__ == "__main__":
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-    origin = provenance(args, device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+    device = (torch.accelerator.current_accelerator(check_available=True) if args.cuda else None) or torch.device("cpu")
     start_time = time.time() - (state["meta"]["wall_seconds"] if state else 0)
 
-    meta = {"stage": "lapo_finetune_ppo", "env_id": args.env_id, "num_levels": num_levels, "start_level": start_level, "args": asdict(args)}
     if args.from_scratch:
-        agent = Agent(policy_scale).to(device).to(memory_format=torch.channels_last)
+        agent = Agent(policy_scale, patch_size).to(device).to(memory_format=torch.channels_last)
         optimizer = optim.Adam(agent.parameters(), lr=args.scratch_learning_rate, eps=1e-5, fused=True)
     else:
-        meta["pretrain_args"] = pretrain_args
-        agent = Agent(policy_scale, latent_dim, args.decoder_hidden).to(device).to(memory_format=torch.channels_last)
+        agent = Agent(policy_scale, patch_size, latent_dim, args.decoder_hidden).to(device).to(memory_format=torch.channels_last)
         agent.network.load_state_dict(policy.network.state_dict())
         agent.critic.load_state_dict(policy.critic.state_dict())
         agent.frozen_fc.load_state_dict(policy.network.fc.state_dict())
@@ -803,6 +850,19 @@ if __name__ == "__main__":
         )  # fmt: skip
         idm = idm.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     trained = [p for p in agent.parameters() if p.requires_grad]
+    trial_obs = torch.zeros((args.num_envs, 64, 64, 3), dtype=torch.uint8, device=device)
+
+    @torch.inference_mode()
+    def trial_step(autocast):
+        with autocast:
+            agent.features(trial_obs)
+
+    autocast = choose_precision(args, device, trial_step)
+    origin = provenance(args, device)
+    print(f"{args.env_id}: {run_dir}, {origin['device_name']}, {'bfloat16' if args.bf16 else 'float32'}")
+    meta = {"stage": "lapo_finetune_ppo", "env_id": args.env_id, "num_levels": num_levels, "start_level": start_level, "args": asdict(args)}
+    if not args.from_scratch:
+        meta["pretrain_args"] = pretrain_args
     decoder_ready = False  # until its first fit the decoder's logits count as 0: play is uniformly random
     pairs_z, pairs_a = [], []  # the decoder's data: latents (n, latent_dim) and true actions (n,), 512 windows an entry
 
@@ -932,7 +992,9 @@ if __name__ == "__main__":
         writer.add_scalar("losses/explained_variance", explained.item(), global_step)
         if checkpointer.due() or iteration == num_iterations - 1:
             # first this, then resume.pt: a run that goes on from there writes this file again
-            save_checkpoint(run_dir / "checkpoint.pt", {**meta, "frames": global_step}, agent=agent.state_dict())
+            save_checkpoint(
+                run_dir / "checkpoint.pt", {**meta, "frames": global_step, "unfinished": iteration < num_iterations - 1}, agent=agent.state_dict()
+            )
             states = {name: module.state_dict() for name, module in modules.items()}
             states |= {"next_obs": next_obs, "next_done": next_done, "last_obs": last_obs, "pairs_z": pairs_z, "pairs_a": pairs_a}
             states |= {"env": get_env_state(env), "rng": get_rng_state()}
@@ -951,7 +1013,9 @@ if __name__ == "__main__":
         """Returns (eval_episodes,) of the policy that samples from softmax(logits_of(obs))."""
 
         @torch.inference_mode()
-        def act(obs):
+        def act(obs, episode):
+            if checkpointer.stop:
+                checkpointer.saved(run_dir)  # as it was after the last update
             logits = logits_of(torch.as_tensor(obs, device=device))
             return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1).cpu().numpy().astype(np.int32)
 

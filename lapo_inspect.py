@@ -22,42 +22,50 @@ Reads data/ENV_ID and runs/ENV_ID__lapo_pretrain__SEED/{checkpoint.pt,results.js
 """
 
 import base64
-import contextlib
-import fcntl
 import html
 import io
 import json
 import os
-import platform
-import shlex
-import subprocess
 import sys
 import time
-import zipfile
-from dataclasses import asdict, dataclass
-from importlib.metadata import packages_distributions, version
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 import tyro
 from matplotlib.colors import LogNorm
-from PIL import Image, ImageDraw, ImageFont
-from procgen import ProcgenGym3Env
-from procgen.env import ENV_NAMES
+from PIL import Image
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
+
+from collect_expert_data import get_env_state, set_env_state
+from lapo_bc import load_checkpoint, load_network, num_latents
+from lapo_decode import make_env
+from lapo_pretrain import (
+    FDM,
+    IDM,
+    VQ,
+    contact_sheet,
+    first_line,
+    get_windows,
+    load_actions,
+    load_frames,
+    load_meta,
+    lock_folder,
+    one_sentence,
+    plot_latents,
+    provenance,
+    require,
+    same_place,
+    to_pixels,
+    write_aside,
+)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-FORMAT_VERSION = 1  # of checkpoints and datasets
-# numbers in checkpoints that networks are built from
-SIZES = {"scale", "idm_scale", "policy_scale", "vq_num_codebooks", "vq_num_slots", "vq_dim"}
-LOCKS = []  # open files, locked as long as this process lives
 # Procgen's actions 0-8 are 3 * (right + 1) + (up + 1); 9-14 are buttons
 ACTIONS = ["left down", "left", "left up", "down", "stay", "up", "right down", "right", "right up", *(f"button {b}" for b in "DAWSQE")]
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333", "#F0E442"]  # Okabe and Ito
@@ -123,8 +131,8 @@ class Args:
     """seed of the runs it looks at, of the choice of windows, of k-means and of the games"""
     cuda: bool = True
     """if toggled, cuda is used when there is one"""
-    bf16: bool = True
-    """run the networks' forward pass in bfloat16 (faster where the processor knows it; parameters and VQ stay float32)"""
+    bf16: bool = False
+    """run the networks' forward pass in bfloat16, for a processor that knows it"""
     runs_dir: str = "runs"
     """where run folders are made, and the pretraining run lies"""
     overwrite: bool = False
@@ -136,6 +144,8 @@ class Args:
     """the dataset of collect_expert_data.py; default data/ENV_ID"""
     pretrain_checkpoint: str | None = None
     """the checkpoint of lapo_pretrain.py; default RUNS_DIR/ENV_ID__lapo_pretrain__SEED/checkpoint.pt"""
+    allow_unfinished: bool = False
+    """take the checkpoint of an unfinished run, too"""
 
     num_codes: int = 8
     """groups of latents that the report calls codes"""
@@ -149,369 +159,6 @@ class Args:
     """situations from which the codes are rolled out"""
     start_steps: int = 40
     """actions that lead into those situations, drawn at random, where there are labels as often as the demonstrator takes them"""
-
-
-class ResidualBlock(nn.Module):
-    """ReLU, 3x3 convolution, ReLU, 3x3 convolution, plus the input. (B, C, H, W) -> (B, C, H, W)."""
-
-    def __init__(self, channels, hidden):
-        super().__init__()
-        self.conv0 = nn.Conv2d(channels, hidden, kernel_size=3, padding=1)
-        self.conv1 = nn.Conv2d(hidden, channels, kernel_size=3, padding=1)
-
-    def forward(self, x):
-        # in place where nobody needs the old values: fewer passes over memory
-        return self.conv1(torch.relu_(self.conv0(torch.relu(x)))).add_(x)
-
-
-class ImpalaCNN(nn.Module):
-    """IMPALA-CNN (Espeholt et al. 2018, figure 3 right), (B, C, 64, 64) -> (B, 256), with 16, 32, 32 channels times `scale`."""
-
-    def __init__(self, in_channels, scale):
-        super().__init__()
-        layers = []
-        for channels in (int(16 * scale), int(32 * scale), int(32 * scale)):
-            layers += [
-                nn.Conv2d(in_channels, channels, kernel_size=3, padding=1),
-                nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
-                ResidualBlock(channels, channels),
-                ResidualBlock(channels, channels),
-            ]
-            in_channels = channels
-        self.conv = nn.Sequential(*layers, nn.Flatten(), nn.ReLU())  # (B, 32 * scale * 8 * 8)
-        self.fc = nn.Linear(int(32 * scale) * 8 * 8, 256)
-
-    def forward(self, x):
-        return torch.relu(self.fc(self.conv(x)))
-
-
-class IDM(nn.Module):
-    """Inverse dynamics model: frames o_{t-1}, o_t, o_{t+1} stacked on channels (B, 9, 64, 64) -> continuous latent (B, latent_dim)."""
-
-    def __init__(self, scale, latent_dim):
-        super().__init__()
-        self.network = ImpalaCNN(9, scale)
-        self.head = nn.Linear(256, latent_dim)
-
-    def forward(self, x):
-        return self.head(self.network(x)).float()
-
-
-class VQ(nn.Module):
-    """Vector quantisation with EMA codebooks (van den Oord et al. 2017, appendix A.1): N codebooks of K codes, each shared by H slots.
-
-    Takes latents (B, N*H*D) and returns (straight-through quantised latents (B, N*H*D), commitment loss, code indices (B, N, H),
-    perplexity of each codebook (N,)). The latent is laid out as (N*D, H): slot h of codebook n is column h of rows n*D .. n*D+D-1.
-    The codebooks move in training mode only, and not by gradients. Computes in float32.
-    """
-
-    def __init__(self, num_codebooks, num_slots, dim, num_codes, commitment, decay, eps=1e-5):
-        super().__init__()
-        self.N, self.H, self.D, self.K = num_codebooks, num_slots, dim, num_codes
-        self.commitment, self.decay, self.eps = commitment, decay, eps
-        codes = (torch.rand(num_codebooks, num_codes, dim) * 2 - 1) * 5 / num_codes
-        self.register_buffer("codes", codes)  # (N, K, D)
-        self.register_buffer("ema_count", torch.ones(num_codebooks, num_codes))
-        self.register_buffer("ema_sum", codes.clone())
-
-    def forward(self, z):
-        z = z.float()
-        x = z.view(-1, self.N, self.D, self.H).permute(1, 0, 3, 2).flatten(1, 2)  # (N, B*H, D)
-        distance = x.pow(2).sum(-1, keepdim=True) - 2 * x @ self.codes.mT + self.codes.pow(2).sum(-1).unsqueeze(1)  # (N, B*H, K)
-        index = distance.argmin(-1)  # (N, B*H)
-        quantised = self.codes.gather(1, index.unsqueeze(-1).expand(-1, -1, self.D))  # (N, B*H, D)
-        onehot = F.one_hot(index, self.K).float()  # (N, B*H, K)
-        if self.training:
-            with torch.no_grad():
-                self.ema_count.lerp_(onehot.sum(1), 1 - self.decay)
-                self.ema_sum.lerp_(onehot.mT @ x, 1 - self.decay)
-                total = self.ema_count.sum(-1, keepdim=True)
-                count = (self.ema_count + self.eps) / (total + self.K * self.eps) * total  # Laplace smoothing
-                self.codes.copy_(self.ema_sum / count.unsqueeze(-1))
-        usage = onehot.mean(1)
-        perplexity = torch.exp(-(usage * (usage + 1e-10).log()).sum(-1))
-        quantised = quantised.view(self.N, -1, self.H, self.D).permute(1, 0, 3, 2).reshape(z.shape)
-        loss = self.commitment * F.mse_loss(z, quantised)
-        return z + (quantised - z).detach(), loss, index.view(self.N, -1, self.H).transpose(0, 1), perplexity
-
-
-class FDM(nn.Module):
-    """Forward dynamics model, a U-Net: frames (B, 6, 64, 64) o_{t-1}, o_t and latents (B, latent_dim) -> o^_{t+1} (B, 3, 64, 64)."""
-
-    def __init__(self, latent_dim, width, predict_change=False):
-        super().__init__()
-        b, self.predict_change = width, predict_change
-        down, up = [b, 2 * b, 4 * b, 8 * b, 16 * b], [16 * b, 8 * b, 4 * b, 2 * b, b, b]
-        self.down_convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in zip([6 + latent_dim] + down[:-1], down))
-        self.down_blocks = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(o), ResidualBlock(o, o // 2), nn.MaxPool2d(2), nn.ReLU()) for o in down)
-        self.bottleneck = nn.Conv2d(16 * b, 32 * b, kernel_size=2)  # 2x2 -> 1x1
-        up_inputs = [32 * b + latent_dim] + [2 * w for w in down[::-1]]
-        self.up_blocks = nn.ModuleList(
-            nn.Sequential(nn.ConvTranspose2d(i, o, kernel_size=2, stride=2), nn.BatchNorm2d(o), ResidualBlock(o, o // 2), nn.ReLU())
-            for i, o in zip(up_inputs, up)
-        )
-        self.head = nn.Sequential(nn.Conv2d(b + 6, b, 3, padding=1), ResidualBlock(b, b // 2), nn.ReLU(), nn.Conv2d(b, 3, 1))
-        if predict_change:
-            nn.init.zeros_(self.head[-1].weight)
-            nn.init.zeros_(self.head[-1].bias)
-
-    def first_conv(self, frames, z):
-        """down_convs[0] on frames with z broadcast over the image as further channels: the same numbers, without the image of z.
-
-        A convolution of a constant map has nine distinct values (corners, edges, inside), so z is convolved on a 3x3 map and stretched.
-        """
-        conv, n = self.down_convs[0], frames.shape[-1] - 2
-        m = F.conv2d(z[:, :, None, None].expand(-1, -1, 3, 3), conv.weight[:, 6:], conv.bias, padding=1)  # (B, b, 3, 3)
-        m = torch.cat([m[..., :1], m[..., 1:2].expand(-1, -1, -1, n), m[..., 2:]], dim=3)
-        m = torch.cat([m[:, :, :1], m[:, :, 1:2].expand(-1, -1, n, -1), m[:, :, 2:]], dim=2)  # (B, b, 64, 64)
-        return F.conv2d(frames, conv.weight[:, :6], padding=1) + m
-
-    def forward(self, frames, z):
-        skips = []
-        x = self.down_blocks[0](self.first_conv(frames, z))
-        for conv, block in zip(self.down_convs[1:], self.down_blocks[1:]):
-            skips.append(x)
-            x = block(conv(x))
-        skips.append(x)
-        skips.append(z[:, :, None, None].to(x.dtype))
-        x = torch.relu(self.bottleneck(x))
-        for block in self.up_blocks:
-            x = block(torch.cat([x, skips.pop()], dim=1))
-        x = self.head(torch.cat([x, frames.to(x.dtype)], dim=1)).float()
-        return frames[:, 3:] + x if self.predict_change else torch.tanh(x) / 2
-
-
-def require(args, **minimum):
-    """Refuses, in one sentence, a flag below its minimum."""
-    for name, least in minimum.items():
-        if (value := getattr(args, name)) is not None and value < least:
-            sys.exit(f"error: --{name.replace('_', '-')} is {value}, expected at least {least}")
-
-
-def same_place(args, *names):
-    """The flags among `names` that are not at their defaults, for a command about what lies at the same place."""
-    return "".join(f" --{n.replace('_', '-')} {shlex.quote(str(getattr(args, n)))}" for n in names if getattr(args, n) != getattr(Args, n))
-
-
-def read_tensors(path):
-    """A file of save_checkpoint's. Runs no code from it and takes no more memory than it has bytes; raises some exception if it is something else."""
-    with zipfile.ZipFile(path) as archive:
-        records = archive.infolist()
-    if any(r.compress_type != zipfile.ZIP_STORED for r in records) or sum(r.file_size for r in records) > os.path.getsize(path):
-        raise ValueError("its records are compressed or overlap")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def first_line(found):
-    """What to quote of an error, or of a value in a file, in a sentence."""
-    try:
-        return " ".join(str(found).split())[:200] or type(found).__name__
-    except RecursionError:
-        return type(found).__name__
-
-
-def one_sentence(kind, error, traceback):
-    """sys.excepthook: what goes wrong with files (a full disk, a read-only or deleted folder) ends in one sentence, not in a traceback."""
-    if issubclass(kind, OSError):
-        where = error.filename or "a file of this run"
-        print(
-            f"error: {where}: {error.strerror or error}; what was saved before is intact: mend that, then run it again, without --overwrite",
-            file=sys.stderr,
-        )
-    else:
-        sys.__excepthook__(kind, error, traceback)
-
-
-def lock_folder(folder):
-    """Makes a folder if need be and locks it until this process ends; refuses, in one sentence, what another process is writing to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
-    except OSError as e:
-        sys.exit(f"error: the folder {folder} cannot be made or written to ({e.strerror}): choose another, see --runs-dir and --data-dir")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        sys.exit(f"error: another process is at work in {folder}: wait until it ends, or choose another folder (--exp-name, --seed, --data-dir)")
-    LOCKS.append(lock)
-
-
-def load_checkpoint(path, stage, env_id, made_by, parts=()):
-    """Reads a checkpoint and refuses, in one sentence, what is not one of `stage` for `env_id`."""
-    if not Path(path).is_file():
-        sys.exit(f"error: no checkpoint at {path}: make it with `{made_by}`, or name another one")
-    try:
-        checkpoint = read_tensors(path)
-        meta = checkpoint["meta"]
-        if not isinstance(checkpoint, dict) or not isinstance(meta, dict):
-            raise ValueError("it holds no dictionary")
-    except Exception as e:
-        sys.exit(f"error: {path} cannot be read as a checkpoint ({type(e).__name__}): make it again with `{made_by}`")
-    for key, want in (("format_version", FORMAT_VERSION), ("stage", stage), ("env_id", env_id)):
-        if repr(meta.get(key)) != repr(want):
-            sys.exit(f"error: {path} has {key} {first_line(meta.get(key))}, expected {want}: make one with `{made_by}`")
-    missing = [part for part in parts if part not in checkpoint] + ["args"] * ("args" not in meta)
-    missing += [key for key in ("num_levels", "start_level") if type(meta.get(key)) is not int or not 0 <= meta[key] < 2**31]
-    for part in ("args", "pretrain_args"):
-        sizes = meta.get(part, {})
-        if isinstance(sizes, dict):
-            wrong = [key for key in SIZES & sizes.keys() if type(sizes[key]) not in (int, float) or not 0 < sizes[key] < 1e6]
-            missing += [f"{part}.{key}" for key in sorted(wrong)]
-        else:
-            missing.append(part)
-    if missing:
-        sys.exit(f"error: {path} lacks or misstates {', '.join(missing)}: make it again with `{made_by}`")
-    done, planned = meta.get("updates"), meta["args"].get("num_updates")
-    if type(done) is type(planned) is int and done < planned:
-        print(f"warning: {path} is of an unfinished run, after {done} of {planned} updates", file=sys.stderr)
-    return checkpoint
-
-
-def load_network(build, state, path, made_by):
-    """build() with a checkpoint's weights; refuses, in one sentence, weights of other shapes or types, before any memory is taken for them."""
-    try:
-        with torch.device("meta"):
-            network = build()
-        dtypes = {name: tensor.dtype for name, tensor in network.state_dict().items()}  # float32, but for what batch normalisation counts
-        network.load_state_dict(state, assign=True)
-        for name, tensor in network.state_dict().items():
-            if (tensor.dtype, tensor.layout, tensor.device.type) != (dtypes[name], torch.strided, "cpu"):
-                raise ValueError(f"{name} is not a tensor of {dtypes[name]}")
-    except Exception as e:
-        sys.exit(f"error: the weights in {path} do not fit its arguments ({first_line(e)}): make it again with `{made_by}`")
-    return network
-
-
-def write_aside(path, write):
-    """Writes a file next to its place, flushes it to disk, then renames it; what was at `path` stays if that fails."""
-    tmp = Path(f"{path}.tmp")
-    try:
-        with open(tmp, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-        folder = os.open(tmp.parent, os.O_RDONLY)
-        os.fsync(folder)  # the new name, too
-        os.close(folder)
-    except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
-        with contextlib.suppress(OSError):
-            tmp.unlink(missing_ok=True)
-        why = getattr(e, "strerror", None) or first_line(e)
-        sys.exit(f"error: {path} cannot be written ({why}); what was saved before is intact: make room there, then run it again, without --overwrite")
-
-
-def load_meta(data_dir, env_id):
-    """A dataset's meta.json; refuses, in one sentence, what is missing, of another game or of another format."""
-    command = f"python collect_expert_data.py --env-id {env_id}" + f" --data-dir {data_dir}" * (str(data_dir) != f"data/{env_id}")
-    try:
-        meta = json.loads((Path(data_dir) / "meta.json").read_text())
-    except OSError:
-        sys.exit(f"error: no dataset at {data_dir} (meta.json is missing): make it with `{command}`, or name another with --data-dir")
-    except (ValueError, RecursionError):
-        sys.exit(f"error: {data_dir}/meta.json is not JSON: collect the dataset again with `{command} --overwrite`")
-    if not isinstance(meta, dict):
-        sys.exit(f"error: {data_dir}/meta.json holds no dictionary: collect the dataset again with `{command} --overwrite`")
-    for key, want in (("format_version", FORMAT_VERSION), ("env_id", env_id)):
-        if meta.get(key) != want:
-            sys.exit(
-                f"error: {data_dir} has {key} {first_line(meta.get(key))}, expected {want}: make it with `{command}`, or choose another --data-dir"
-            )
-    splits = meta.get("splits") if isinstance(meta.get("splits"), dict) else {}
-    sizes = {split: splits[split].get("num_frames") if isinstance(splits.get(split), dict) else None for split in ("train", "test")}
-    found = {key: meta.get(key) for key in ("num_levels", "start_level")} | {f"splits.{split}.num_frames": n for split, n in sizes.items()}
-    wrong = [key for key, value in found.items() if type(value) is not int or not (3 if "frames" in key else 0) <= value < 2**40]
-    wrong += [key for key in ("num_levels", "start_level") if key not in wrong and meta[key] >= 2**31]
-    if wrong:
-        sys.exit(f"error: {data_dir}/meta.json lacks or misstates {', '.join(wrong)}: collect the dataset again with `{command} --overwrite`")
-    return meta
-
-
-def load_array(data_dir, split, name, shape, dtype):
-    """data_dir/split/name.npy memory-mapped; refuses, in one sentence, a missing, truncated or wrong-shaped file."""
-    path = Path(data_dir) / split / f"{name}.npy"
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")  # refuses pickles
-    except Exception as e:  # NumPy's parser of headers lets many kinds through
-        sys.exit(f"error: {path} is missing or damaged ({first_line(e)}): collect the dataset again with collect_expert_data.py --overwrite")
-    size = array.offset + array.nbytes
-    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous or path.stat().st_size != size:
-        found = f"{array.shape} {array.dtype}, expected {shape} {np.dtype(dtype)}, in C order and in {size} bytes"
-        sys.exit(f"error: {path} holds {found}: collect the dataset again with collect_expert_data.py --overwrite")
-    return array
-
-
-def load_actions(data_dir, split, meta):
-    """The true actions (N,) int8, memory-mapped, each one of 0 .. 14."""
-    actions = load_array(data_dir, split, "actions", (meta["splits"][split]["num_frames"],), np.int8)
-    if not 0 <= actions.min() <= actions.max() < 15:
-        found = f"actions from {actions.min()} to {actions.max()}, expected 0 to 14"
-        sys.exit(f"error: {data_dir}/{split}/actions.npy holds {found}: collect the dataset again with collect_expert_data.py --overwrite")
-    return actions
-
-
-def load_frames(data_dir, split, meta):
-    """Frames (N, 64, 64, 3) uint8, memory-mapped, and the t of all windows (t-1, t, t+1) that lie within one episode."""
-    n = meta["splits"][split]["num_frames"]
-    frames = load_array(data_dir, split, "frames", (n, 64, 64, 3), np.uint8)
-    first = load_array(data_dir, split, "first", (n,), bool)
-    # o_t and o_{t+1} must both succeed the frame before them: a frame with first=True belongs to the new episode
-    return frames, np.flatnonzero(~first[1:-1] & ~first[2:]) + 1
-
-
-def get_windows(frames, t, device):
-    """Windows around t (B,) -> (B, 9, 64, 64) float in [-0.5, 0.5], channels-last: o_{t-1}, o_t, o_{t+1} stacked on channels."""
-    # frames t-1, t, t+1 lie side by side in the file, so a view that overlaps itself makes each window a single copy of 36 KB
-    triples = np.lib.stride_tricks.as_strided(frames, (len(frames) - 2, 3, 64, 64, 3), (frames.strides[0], *frames.strides))
-    window = torch.cat(torch.from_numpy(triples[t - 1]).to(device).unbind(1), dim=-1)  # (B, 64, 64, 9) uint8
-    return torch.add(torch.tensor(-0.5, device=device), window.permute(0, 3, 1, 2), alpha=1 / 255)  # x / 255 - 0.5 in one pass
-
-
-def make_env(env_id, num_envs, num_levels, start_level, seed):
-    """Procgen, easy mode: act(actions), then observe() -> reward (E,), {"rgb": (E, 64, 64, 3) uint8}, first (E,)."""
-    return ProcgenGym3Env(
-        num=num_envs,
-        env_name=env_id,
-        distribution_mode="easy",
-        num_levels=num_levels,
-        start_level=start_level,
-        rand_seed=seed,
-        num_threads=min(4, os.cpu_count()),
-    )
-
-
-def get_env_state(env):
-    """Snapshots of all games, a list of uint8 tensors."""
-    return [torch.frombuffer(bytearray(game), dtype=torch.uint8) for game in env.callmethod("get_state")]
-
-
-def set_env_state(env, state):
-    env.callmethod("set_state", [game.numpy().tobytes() for game in state])
-
-
-def num_latents(pretrain_args):
-    """Dimensions of the latent, N x H x D."""
-    return pretrain_args["vq_num_codebooks"] * pretrain_args["vq_num_slots"] * pretrain_args["vq_dim"]
-
-
-def provenance(args, device):
-    """What a result rests on, for results.json: arguments, command, git commit of this script's folder, device and versions."""
-    name = platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    elif Path("/proc/cpuinfo").exists():
-        name = next((line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), name)
-    try:
-        git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    except OSError:  # no git here
-        commit = None
-    packages = {"torch": "torch", "numpy": "numpy", "procgen": packages_distributions()["procgen"][0]}  # a mirror, maybe
-    versions = {"python": platform.python_version(), **{name: version(package) for name, package in packages.items()}}
-    return {
-        "device": str(device), "device_name": name, "threads": torch.get_num_threads(), "commit": commit, "versions": versions,
-        "command": "python " + shlex.join(sys.argv), "args": asdict(args),
-    }  # fmt: skip
 
 
 def read_latent_space(path):
@@ -535,33 +182,6 @@ def lift(counts, totals):
     """
     expected = counts.sum(-1, keepdims=True) * totals / totals.sum()
     return (counts + FEW) / (expected + FEW)
-
-
-def plot_latents(xy, share, group, actions):
-    """Latents on their two principal components (n, 2): by true action (colour: horizontal move, marker: vertical move) and by code."""
-    fig, axes = plt.subplots(1, 2, figsize=(13, 6.5), layout="constrained", sharex=True, sharey=True)
-    lo, hi = np.percentile(xy, [0.2, 99.8], axis=0)
-    margin = 0.03 * (hi - lo) + 1e-6
-    if actions is None:
-        axes[0].scatter(*xy.T, s=24, c="#999999", alpha=0.6, linewidths=0, label="no labels on disk (actions.npy)")
-    else:
-        move = np.where(actions < 9, actions, 4)  # buttons do not move
-        for m in np.argsort(-np.bincount(move, minlength=9)):  # rare ones on top
-            color, marker = ("#D55E00", "#999999", "#0072B2")[m // 3], "vo^"[m % 3]
-            if (move == m).any():
-                label = f"{ACTIONS[m]}{' or a button' if m == 4 and (actions > 8).any() else ''} ({(move == m).mean():.1%})"
-                axes[0].scatter(*xy[move == m].T, s=24, c=color, marker=marker, alpha=0.6, linewidths=0, label=label)
-    for g in range(group.max() + 1):
-        style = {"c": COLORS[g % len(COLORS)], "marker": MARKERS[g % len(MARKERS)]}
-        axes[1].scatter(*xy[group == g].T, s=14, alpha=0.6, linewidths=0, label=f"code {g} ({(group == g).mean():.0%})", **style)
-    for g in range(group.max() + 1):
-        box = {"boxstyle": "round,pad=0.2", "fc": "white", "ec": COLORS[g % len(COLORS)], "lw": 2}
-        axes[1].annotate(str(g), np.median(xy[group == g], axis=0), ha="center", va="center", bbox=box)
-    for ax, title in zip(axes, ("by true action", "by code (group of latents)")):
-        ax.set(title=title, xlabel=f"1st principal component ({share[0]:.0%} of the variance)", ylabel=f"2nd principal component ({share[1]:.0%})")
-        ax.set(xlim=(lo[0] - margin[0], hi[0] + margin[0]), ylim=(lo[1] - margin[1], hi[1] + margin[1]))
-        ax.legend(fontsize=9, markerscale=1.5, ncol=4, loc="upper center", bbox_to_anchor=(0.5, -0.1))
-    return fig
 
 
 def plot_table(table, lifts, matched, names):
@@ -609,28 +229,6 @@ def plot_errors(curves):
     return fig
 
 
-def contact_sheet(pictures, rows, columns, zoom, together):
-    """Pictures (R, C, 64, 64, 3) uint8 in a grid, so many rows close together, with names on the left and above, as a PIL image."""
-    font, side = ImageFont.load_default(13), 64 * zoom + 4
-    left = 10 + int(max(font.getlength(line) for name in rows for line in name.split("\n")))
-    top = 6 + 17 * max(name.count("\n") + 1 for name in columns)
-    down = [top + side * r + 10 * (r // together) for r in range(len(rows))]
-    sheet = Image.new("RGB", (left + side * len(columns), down[-1] + side), "white")
-    draw = ImageDraw.Draw(sheet)
-    for c, name in enumerate(columns):
-        draw.multiline_text((left + side * (c + 0.5), top - 4), name, fill="black", font=font, anchor="md", align="center")
-    for r, name in enumerate(rows):
-        draw.multiline_text((4, down[r] + side / 2), name, fill="black", font=font, anchor="lm")
-        for c in range(len(columns)):
-            sheet.paste(Image.fromarray(pictures[r, c]).resize((64 * zoom, 64 * zoom), Image.NEAREST), (left + side * c, down[r]))
-    return sheet
-
-
-def to_pixels(x):
-    """Images (..., 3, 64, 64) float in [-0.5, 0.5] -> (..., 64, 64, 3) uint8."""
-    return ((x.clamp(-0.5, 0.5) + 0.5) * 255).round().byte().movedim(-3, -1).cpu().numpy()
-
-
 def to_table(head, rows):
     """An HTML table of strings."""
     lines = ["".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) for tag, row in [("th", head), *(("td", row) for row in rows)]]
@@ -639,8 +237,6 @@ def to_table(head, rows):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    if args.env_id not in ENV_NAMES:
-        sys.exit(f"error: --env-id {args.env_id} is not a Procgen game: choose one of {', '.join(ENV_NAMES)}")
     require(args, num_codes=1, eval_windows=2, rollout_steps=1, rollout_windows=2, num_starts=1, start_steps=1)
     data_dir = Path(args.data_dir or f"data/{args.env_id}")
     run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
@@ -648,12 +244,12 @@ if __name__ == "__main__":
         sys.exit(f"error: {run_dir} already holds a finished run: add --overwrite to replace it, or choose another --exp-name or --seed")
     pretrain_path = Path(args.pretrain_checkpoint or Path(args.runs_dir) / f"{args.env_id}__lapo_pretrain__{args.seed}" / "checkpoint.pt")
     made_by = f"python lapo_pretrain.py --env-id {args.env_id}" + same_place(args, "data_dir", "runs_dir", "seed")
-    pretrained = load_checkpoint(pretrain_path, "lapo_pretrain", args.env_id, made_by, ("idm", "vq", "fdm"))
+    pretrained = load_checkpoint(pretrain_path, "lapo_pretrain", args, made_by, ("idm", "vq", "fdm"))
     p = pretrained["meta"]["args"]
     vq_shape = ("vq_num_codebooks", "vq_num_slots", "vq_dim", "vq_num_codes", "vq_commitment", "vq_decay")
-    idm = load_network(lambda: IDM(p["idm_scale"], num_latents(p)), pretrained["idm"], pretrain_path, made_by)
+    idm = load_network(lambda: IDM(p["idm_scale"], num_latents(p), p["patch_size"]), pretrained["idm"], pretrain_path, made_by)
     vq = load_network(lambda: VQ(*(p[key] for key in vq_shape)), pretrained["vq"], pretrain_path, made_by) if p.get("vq", True) else None
-    fdm = load_network(lambda: FDM(num_latents(p), p["fdm_width"], p["predict_change"]), pretrained["fdm"], pretrain_path, made_by)
+    fdm = load_network(lambda: FDM(num_latents(p), p["fdm_width"], p["predict_change"], p["patch_size"]), pretrained["fdm"], pretrain_path, made_by)
     data_meta = load_meta(data_dir, args.env_id)
     frames, test_t = load_frames(data_dir, "test", data_meta)
     if len(test_t) < 2:

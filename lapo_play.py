@@ -16,13 +16,10 @@ Reads data/ENV_ID and runs/ENV_ID__lapo_pretrain__SEED/checkpoint.pt; writes not
 
 import base64
 import json
-import os
-import shlex
 import signal
 import sys
 import threading
 import time
-import zipfile
 from collections import deque
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,18 +28,15 @@ from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 import tyro
-from procgen import ProcgenGym3Env
-from procgen.env import ENV_NAMES
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-FORMAT_VERSION = 1  # of checkpoints and datasets
-# numbers in checkpoints that networks are built from
-SIZES = {"scale", "idm_scale", "policy_scale", "vq_num_codebooks", "vq_num_slots", "vq_dim"}
+from lapo_bc import load_checkpoint, load_network, num_latents
+from lapo_decode import make_env
+from lapo_pretrain import FDM, IDM, VQ, first_line, get_windows, load_actions, load_frames, load_meta, require, same_place
+
 # Procgen's actions 0-8 are 3 * (right + 1) + (up + 1); 9-14 are buttons
 ACTIONS = ["left down", "left", "left up", "down", "stay", "up", "right down", "right", "right up", *(f"button {b}" for b in "DAWSQE")]
 STAY = ACTIONS.index("stay")
@@ -224,8 +218,8 @@ run();
 class Args:
     seed: int = 1
     """seed of the pretraining run, of the choice of windows and labels, and of the first level"""
-    bf16: bool = True
-    """run the IDM's forward pass in bfloat16; the FDM, which makes one frame at a time, is as fast in float32"""
+    bf16: bool = False
+    """run the networks' forward pass in bfloat16, for a processor that knows it"""
     runs_dir: str = "runs"
     """where the pretraining run lies"""
 
@@ -235,6 +229,8 @@ class Args:
     """the dataset of collect_expert_data.py; default data/ENV_ID"""
     pretrain_checkpoint: str | None = None
     """the checkpoint of lapo_pretrain.py; default RUNS_DIR/ENV_ID__lapo_pretrain__SEED/checkpoint.pt"""
+    allow_unfinished: bool = False
+    """take the checkpoint of an unfinished run, too"""
 
     num_windows: int = 2048
     """training windows whose latents are looked at to choose those of the keys"""
@@ -246,295 +242,6 @@ class Args:
     """the page's port on 127.0.0.1, 0: any free one"""
     fps: float = 15.0
     """frames per second at most; Procgen's games are shown at 15"""
-
-
-class ResidualBlock(nn.Module):
-    """ReLU, 3x3 convolution, ReLU, 3x3 convolution, plus the input. (B, C, H, W) -> (B, C, H, W)."""
-
-    def __init__(self, channels, hidden):
-        super().__init__()
-        self.conv0 = nn.Conv2d(channels, hidden, kernel_size=3, padding=1)
-        self.conv1 = nn.Conv2d(hidden, channels, kernel_size=3, padding=1)
-
-    def forward(self, x):
-        # in place where nobody needs the old values: fewer passes over memory
-        return self.conv1(torch.relu_(self.conv0(torch.relu(x)))).add_(x)
-
-
-class ImpalaCNN(nn.Module):
-    """IMPALA-CNN (Espeholt et al. 2018, figure 3 right), (B, C, 64, 64) -> (B, 256), with 16, 32, 32 channels times `scale`."""
-
-    def __init__(self, in_channels, scale):
-        super().__init__()
-        layers = []
-        for channels in (int(16 * scale), int(32 * scale), int(32 * scale)):
-            layers += [
-                nn.Conv2d(in_channels, channels, kernel_size=3, padding=1),
-                nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
-                ResidualBlock(channels, channels),
-                ResidualBlock(channels, channels),
-            ]
-            in_channels = channels
-        self.conv = nn.Sequential(*layers, nn.Flatten(), nn.ReLU())  # (B, 32 * scale * 8 * 8)
-        self.fc = nn.Linear(int(32 * scale) * 8 * 8, 256)
-
-    def forward(self, x):
-        return torch.relu(self.fc(self.conv(x)))
-
-
-class IDM(nn.Module):
-    """Inverse dynamics model: frames o_{t-1}, o_t, o_{t+1} stacked on channels (B, 9, 64, 64) -> continuous latent (B, latent_dim)."""
-
-    def __init__(self, scale, latent_dim):
-        super().__init__()
-        self.network = ImpalaCNN(9, scale)
-        self.head = nn.Linear(256, latent_dim)
-
-    def forward(self, x):
-        return self.head(self.network(x)).float()
-
-
-class VQ(nn.Module):
-    """Vector quantisation with EMA codebooks (van den Oord et al. 2017, appendix A.1): N codebooks of K codes, each shared by H slots.
-
-    Takes latents (B, N*H*D) and returns (straight-through quantised latents (B, N*H*D), commitment loss, code indices (B, N, H),
-    perplexity of each codebook (N,)). The latent is laid out as (N*D, H): slot h of codebook n is column h of rows n*D .. n*D+D-1.
-    The codebooks move in training mode only, and not by gradients. Computes in float32.
-    """
-
-    def __init__(self, num_codebooks, num_slots, dim, num_codes, commitment, decay, eps=1e-5):
-        super().__init__()
-        self.N, self.H, self.D, self.K = num_codebooks, num_slots, dim, num_codes
-        self.commitment, self.decay, self.eps = commitment, decay, eps
-        codes = (torch.rand(num_codebooks, num_codes, dim) * 2 - 1) * 5 / num_codes
-        self.register_buffer("codes", codes)  # (N, K, D)
-        self.register_buffer("ema_count", torch.ones(num_codebooks, num_codes))
-        self.register_buffer("ema_sum", codes.clone())
-
-    def forward(self, z):
-        z = z.float()
-        x = z.view(-1, self.N, self.D, self.H).permute(1, 0, 3, 2).flatten(1, 2)  # (N, B*H, D)
-        distance = x.pow(2).sum(-1, keepdim=True) - 2 * x @ self.codes.mT + self.codes.pow(2).sum(-1).unsqueeze(1)  # (N, B*H, K)
-        index = distance.argmin(-1)  # (N, B*H)
-        quantised = self.codes.gather(1, index.unsqueeze(-1).expand(-1, -1, self.D))  # (N, B*H, D)
-        onehot = F.one_hot(index, self.K).float()  # (N, B*H, K)
-        if self.training:
-            with torch.no_grad():
-                self.ema_count.lerp_(onehot.sum(1), 1 - self.decay)
-                self.ema_sum.lerp_(onehot.mT @ x, 1 - self.decay)
-                total = self.ema_count.sum(-1, keepdim=True)
-                count = (self.ema_count + self.eps) / (total + self.K * self.eps) * total  # Laplace smoothing
-                self.codes.copy_(self.ema_sum / count.unsqueeze(-1))
-        usage = onehot.mean(1)
-        perplexity = torch.exp(-(usage * (usage + 1e-10).log()).sum(-1))
-        quantised = quantised.view(self.N, -1, self.H, self.D).permute(1, 0, 3, 2).reshape(z.shape)
-        loss = self.commitment * F.mse_loss(z, quantised)
-        return z + (quantised - z).detach(), loss, index.view(self.N, -1, self.H).transpose(0, 1), perplexity
-
-
-class FDM(nn.Module):
-    """Forward dynamics model, a U-Net: frames (B, 6, 64, 64) o_{t-1}, o_t and latents (B, latent_dim) -> o^_{t+1} (B, 3, 64, 64)."""
-
-    def __init__(self, latent_dim, width, predict_change=False):
-        super().__init__()
-        b, self.predict_change = width, predict_change
-        down, up = [b, 2 * b, 4 * b, 8 * b, 16 * b], [16 * b, 8 * b, 4 * b, 2 * b, b, b]
-        self.down_convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in zip([6 + latent_dim] + down[:-1], down))
-        self.down_blocks = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(o), ResidualBlock(o, o // 2), nn.MaxPool2d(2), nn.ReLU()) for o in down)
-        self.bottleneck = nn.Conv2d(16 * b, 32 * b, kernel_size=2)  # 2x2 -> 1x1
-        up_inputs = [32 * b + latent_dim] + [2 * w for w in down[::-1]]
-        self.up_blocks = nn.ModuleList(
-            nn.Sequential(nn.ConvTranspose2d(i, o, kernel_size=2, stride=2), nn.BatchNorm2d(o), ResidualBlock(o, o // 2), nn.ReLU())
-            for i, o in zip(up_inputs, up)
-        )
-        self.head = nn.Sequential(nn.Conv2d(b + 6, b, 3, padding=1), ResidualBlock(b, b // 2), nn.ReLU(), nn.Conv2d(b, 3, 1))
-        if predict_change:
-            nn.init.zeros_(self.head[-1].weight)
-            nn.init.zeros_(self.head[-1].bias)
-
-    def first_conv(self, frames, z):
-        """down_convs[0] on frames with z broadcast over the image as further channels: the same numbers, without the image of z.
-
-        A convolution of a constant map has nine distinct values (corners, edges, inside), so z is convolved on a 3x3 map and stretched.
-        """
-        conv, n = self.down_convs[0], frames.shape[-1] - 2
-        m = F.conv2d(z[:, :, None, None].expand(-1, -1, 3, 3), conv.weight[:, 6:], conv.bias, padding=1)  # (B, b, 3, 3)
-        m = torch.cat([m[..., :1], m[..., 1:2].expand(-1, -1, -1, n), m[..., 2:]], dim=3)
-        m = torch.cat([m[:, :, :1], m[:, :, 1:2].expand(-1, -1, n, -1), m[:, :, 2:]], dim=2)  # (B, b, 64, 64)
-        return F.conv2d(frames, conv.weight[:, :6], padding=1) + m
-
-    def forward(self, frames, z):
-        skips = []
-        x = self.down_blocks[0](self.first_conv(frames, z))
-        for conv, block in zip(self.down_convs[1:], self.down_blocks[1:]):
-            skips.append(x)
-            x = block(conv(x))
-        skips.append(x)
-        skips.append(z[:, :, None, None].to(x.dtype))
-        x = torch.relu(self.bottleneck(x))
-        for block in self.up_blocks:
-            x = block(torch.cat([x, skips.pop()], dim=1))
-        x = self.head(torch.cat([x, frames.to(x.dtype)], dim=1)).float()
-        return frames[:, 3:] + x if self.predict_change else torch.tanh(x) / 2
-
-
-def require(args, **minimum):
-    """Refuses, in one sentence, a flag below its minimum."""
-    for name, least in minimum.items():
-        if (value := getattr(args, name)) is not None and value < least:
-            sys.exit(f"error: --{name.replace('_', '-')} is {value}, expected at least {least}")
-
-
-def same_place(args, *names):
-    """The flags among `names` that are not at their defaults, for a command about what lies at the same place."""
-    return "".join(f" --{n.replace('_', '-')} {shlex.quote(str(getattr(args, n)))}" for n in names if getattr(args, n) != getattr(Args, n))
-
-
-def read_tensors(path):
-    """A file of save_checkpoint's. Runs no code from it and takes no more memory than it has bytes; raises some exception if it is something else."""
-    with zipfile.ZipFile(path) as archive:
-        records = archive.infolist()
-    if any(r.compress_type != zipfile.ZIP_STORED for r in records) or sum(r.file_size for r in records) > os.path.getsize(path):
-        raise ValueError("its records are compressed or overlap")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def first_line(found):
-    """What to quote of an error, or of a value in a file, in a sentence."""
-    try:
-        return " ".join(str(found).split())[:200] or type(found).__name__
-    except RecursionError:
-        return type(found).__name__
-
-
-def load_checkpoint(path, stage, env_id, made_by, parts=()):
-    """Reads a checkpoint and refuses, in one sentence, what is not one of `stage` for `env_id`."""
-    if not Path(path).is_file():
-        sys.exit(f"error: no checkpoint at {path}: make it with `{made_by}`, or name another one")
-    try:
-        checkpoint = read_tensors(path)
-        meta = checkpoint["meta"]
-        if not isinstance(checkpoint, dict) or not isinstance(meta, dict):
-            raise ValueError("it holds no dictionary")
-    except Exception as e:
-        sys.exit(f"error: {path} cannot be read as a checkpoint ({type(e).__name__}): make it again with `{made_by}`")
-    for key, want in (("format_version", FORMAT_VERSION), ("stage", stage), ("env_id", env_id)):
-        if repr(meta.get(key)) != repr(want):
-            sys.exit(f"error: {path} has {key} {first_line(meta.get(key))}, expected {want}: make one with `{made_by}`")
-    missing = [part for part in parts if part not in checkpoint] + ["args"] * ("args" not in meta)
-    missing += [key for key in ("num_levels", "start_level") if type(meta.get(key)) is not int or not 0 <= meta[key] < 2**31]
-    for part in ("args", "pretrain_args"):
-        sizes = meta.get(part, {})
-        if isinstance(sizes, dict):
-            wrong = [key for key in SIZES & sizes.keys() if type(sizes[key]) not in (int, float) or not 0 < sizes[key] < 1e6]
-            missing += [f"{part}.{key}" for key in sorted(wrong)]
-        else:
-            missing.append(part)
-    if missing:
-        sys.exit(f"error: {path} lacks or misstates {', '.join(missing)}: make it again with `{made_by}`")
-    done, planned = meta.get("updates"), meta["args"].get("num_updates")
-    if type(done) is type(planned) is int and done < planned:
-        print(f"warning: {path} is of an unfinished run, after {done} of {planned} updates", file=sys.stderr)
-    return checkpoint
-
-
-def load_network(build, state, path, made_by):
-    """build() with a checkpoint's weights; refuses, in one sentence, weights of other shapes or types, before any memory is taken for them."""
-    try:
-        with torch.device("meta"):
-            network = build()
-        dtypes = {name: tensor.dtype for name, tensor in network.state_dict().items()}  # float32, but for what batch normalisation counts
-        network.load_state_dict(state, assign=True)
-        for name, tensor in network.state_dict().items():
-            if (tensor.dtype, tensor.layout, tensor.device.type) != (dtypes[name], torch.strided, "cpu"):
-                raise ValueError(f"{name} is not a tensor of {dtypes[name]}")
-    except Exception as e:
-        sys.exit(f"error: the weights in {path} do not fit its arguments ({first_line(e)}): make it again with `{made_by}`")
-    return network
-
-
-def load_meta(data_dir, env_id):
-    """A dataset's meta.json; refuses, in one sentence, what is missing, of another game or of another format."""
-    command = f"python collect_expert_data.py --env-id {env_id}" + f" --data-dir {data_dir}" * (str(data_dir) != f"data/{env_id}")
-    try:
-        meta = json.loads((Path(data_dir) / "meta.json").read_text())
-    except OSError:
-        sys.exit(f"error: no dataset at {data_dir} (meta.json is missing): make it with `{command}`, or name another with --data-dir")
-    except (ValueError, RecursionError):
-        sys.exit(f"error: {data_dir}/meta.json is not JSON: collect the dataset again with `{command} --overwrite`")
-    if not isinstance(meta, dict):
-        sys.exit(f"error: {data_dir}/meta.json holds no dictionary: collect the dataset again with `{command} --overwrite`")
-    for key, want in (("format_version", FORMAT_VERSION), ("env_id", env_id)):
-        if meta.get(key) != want:
-            sys.exit(
-                f"error: {data_dir} has {key} {first_line(meta.get(key))}, expected {want}: make it with `{command}`, or choose another --data-dir"
-            )
-    splits = meta.get("splits") if isinstance(meta.get("splits"), dict) else {}
-    sizes = {split: splits[split].get("num_frames") if isinstance(splits.get(split), dict) else None for split in ("train", "test")}
-    found = {key: meta.get(key) for key in ("num_levels", "start_level")} | {f"splits.{split}.num_frames": n for split, n in sizes.items()}
-    wrong = [key for key, value in found.items() if type(value) is not int or not (3 if "frames" in key else 0) <= value < 2**40]
-    wrong += [key for key in ("num_levels", "start_level") if key not in wrong and meta[key] >= 2**31]
-    if wrong:
-        sys.exit(f"error: {data_dir}/meta.json lacks or misstates {', '.join(wrong)}: collect the dataset again with `{command} --overwrite`")
-    return meta
-
-
-def load_array(data_dir, split, name, shape, dtype):
-    """data_dir/split/name.npy memory-mapped; refuses, in one sentence, a missing, truncated or wrong-shaped file."""
-    path = Path(data_dir) / split / f"{name}.npy"
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")  # refuses pickles
-    except Exception as e:  # NumPy's parser of headers lets many kinds through
-        sys.exit(f"error: {path} is missing or damaged ({first_line(e)}): collect the dataset again with collect_expert_data.py --overwrite")
-    size = array.offset + array.nbytes
-    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous or path.stat().st_size != size:
-        found = f"{array.shape} {array.dtype}, expected {shape} {np.dtype(dtype)}, in C order and in {size} bytes"
-        sys.exit(f"error: {path} holds {found}: collect the dataset again with collect_expert_data.py --overwrite")
-    return array
-
-
-def load_actions(data_dir, split, meta):
-    """The true actions (N,) int8, memory-mapped, each one of 0 .. 14."""
-    actions = load_array(data_dir, split, "actions", (meta["splits"][split]["num_frames"],), np.int8)
-    if not 0 <= actions.min() <= actions.max() < 15:
-        found = f"actions from {actions.min()} to {actions.max()}, expected 0 to 14"
-        sys.exit(f"error: {data_dir}/{split}/actions.npy holds {found}: collect the dataset again with collect_expert_data.py --overwrite")
-    return actions
-
-
-def load_frames(data_dir, split, meta):
-    """Frames (N, 64, 64, 3) uint8, memory-mapped, and the t of all windows (t-1, t, t+1) that lie within one episode."""
-    n = meta["splits"][split]["num_frames"]
-    frames = load_array(data_dir, split, "frames", (n, 64, 64, 3), np.uint8)
-    first = load_array(data_dir, split, "first", (n,), bool)
-    # o_t and o_{t+1} must both succeed the frame before them: a frame with first=True belongs to the new episode
-    return frames, np.flatnonzero(~first[1:-1] & ~first[2:]) + 1
-
-
-def get_windows(frames, t, device):
-    """Windows around t (B,) -> (B, 9, 64, 64) float in [-0.5, 0.5], channels-last: o_{t-1}, o_t, o_{t+1} stacked on channels."""
-    # frames t-1, t, t+1 lie side by side in the file, so a view that overlaps itself makes each window a single copy of 36 KB
-    triples = np.lib.stride_tricks.as_strided(frames, (len(frames) - 2, 3, 64, 64, 3), (frames.strides[0], *frames.strides))
-    window = torch.cat(torch.from_numpy(triples[t - 1]).to(device).unbind(1), dim=-1)  # (B, 64, 64, 9) uint8
-    return torch.add(torch.tensor(-0.5, device=device), window.permute(0, 3, 1, 2), alpha=1 / 255)  # x / 255 - 0.5 in one pass
-
-
-def make_env(env_id, num_envs, num_levels, start_level, seed):
-    """Procgen, easy mode: act(actions), then observe() -> reward (E,), {"rgb": (E, 64, 64, 3) uint8}, first (E,)."""
-    return ProcgenGym3Env(
-        num=num_envs,
-        env_name=env_id,
-        distribution_mode="easy",
-        num_levels=num_levels,
-        start_level=start_level,
-        rand_seed=seed,
-        num_threads=min(4, os.cpu_count()),
-    )
-
-
-def num_latents(pretrain_args):
-    """Dimensions of the latent, N x H x D."""
-    return pretrain_args["vq_num_codebooks"] * pretrain_args["vq_num_slots"] * pretrain_args["vq_dim"]
 
 
 def latents_of_actions(z, actions, top=64):
@@ -700,8 +407,6 @@ def make_server(port, page, respond):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
-    if args.env_id not in ENV_NAMES:
-        sys.exit(f"error: --env-id {args.env_id} is not a Procgen game: choose one of {', '.join(ENV_NAMES)}")
     require(args, num_windows=1, num_labels=0, num_codes=1, port=0, fps=1)
     for flag, most in (("num_codes", 9), ("port", 65_535)):
         if getattr(args, flag) > most:
@@ -709,12 +414,12 @@ if __name__ == "__main__":
     data_dir = Path(args.data_dir or f"data/{args.env_id}")
     path = Path(args.pretrain_checkpoint or Path(args.runs_dir) / f"{args.env_id}__lapo_pretrain__{args.seed}" / "checkpoint.pt")
     made_by = f"python lapo_pretrain.py --env-id {args.env_id}" + same_place(args, "data_dir", "runs_dir", "seed")
-    pretrained = load_checkpoint(path, "lapo_pretrain", args.env_id, made_by, ("idm", "vq", "fdm"))
+    pretrained = load_checkpoint(path, "lapo_pretrain", args, made_by, ("idm", "vq", "fdm"))
     p = pretrained["meta"]["args"]
     vq_shape = ("vq_num_codebooks", "vq_num_slots", "vq_dim", "vq_num_codes", "vq_commitment", "vq_decay")
-    idm = load_network(lambda: IDM(p["idm_scale"], num_latents(p)), pretrained["idm"], path, made_by)
+    idm = load_network(lambda: IDM(p["idm_scale"], num_latents(p), p["patch_size"]), pretrained["idm"], path, made_by)
     vq = load_network(lambda: VQ(*(p[key] for key in vq_shape)), pretrained["vq"], path, made_by) if p.get("vq", True) else None
-    fdm = load_network(lambda: FDM(num_latents(p), p["fdm_width"], p["predict_change"]), pretrained["fdm"], path, made_by)
+    fdm = load_network(lambda: FDM(num_latents(p), p["fdm_width"], p["predict_change"], p["patch_size"]), pretrained["fdm"], path, made_by)
     data_meta = load_meta(data_dir, args.env_id)
     frames, valid_t = load_frames(data_dir, "train", data_meta)
     t = np.random.default_rng(args.seed).permutation(valid_t)[: args.num_windows]

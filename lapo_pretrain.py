@@ -20,6 +20,7 @@ Next:
 """
 
 import contextlib
+import copy
 import fcntl
 import hashlib
 import json
@@ -38,6 +39,7 @@ import zipfile
 from dataclasses import asdict, dataclass
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -47,7 +49,6 @@ import torch.nn.functional as F
 import torch.optim as optim
 import tyro
 from PIL import Image, ImageDraw, ImageFont
-from procgen.env import ENV_NAMES
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
@@ -63,7 +64,8 @@ from tqdm import tqdm
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-FORMAT_VERSION = 1  # of checkpoints and datasets
+FORMAT_VERSION = 2  # of checkpoints
+DATA_FORMAT_VERSION = 1  # of datasets
 NOT_COMPARED = {"resume", "overwrite", "verify", "track", "wandb_project_name", "wandb_entity", "checkpoint_seconds"}  # may change when a run goes on
 LOCKS = []  # open files, locked as long as this process lives
 # Procgen's actions 0-8 are 3 * (right + 1) + (up + 1); 9-14 are buttons
@@ -81,9 +83,9 @@ class Args:
     torch_deterministic: bool = True
     """if toggled, `torch.backends.cudnn.deterministic=True`"""
     cuda: bool = True
-    """if toggled, cuda is used when there is one"""
-    bf16: bool = True
-    """run the networks' forward pass in bfloat16 (faster where the processor knows it; parameters, VQ and loss stay float32)"""
+    """if toggled, cuda (or another accelerator that torch knows) is used when there is one"""
+    bf16: tyro.conf.DisallowNone[bool | None] = None
+    """run the networks' forward pass in bfloat16 (parameters, VQ and loss stay float32); default: if that is faster on this machine"""
     track: bool = False
     """if toggled, this experiment is also tracked with Weights and Biases (`pip install wandb`)"""
     wandb_project_name: str = "lapo"
@@ -123,6 +125,8 @@ class Args:
     """width of the IDM's IMPALA-CNN: 16, 32, 32 channels times this"""
     fdm_width: int = 24
     """base width of the FDM's U-Net"""
+    patch_size: Literal[1, 2, 4] = 1
+    """pixels a side of the patches that the networks fold into channels; 1: the paper's, 2: twice the speed for the same width"""
     predict_change: bool = False
     """the FDM predicts o_{t+1} - o_t, starting from zero, instead of o_{t+1} (not in the paper; saves learning to copy)"""
     vq: bool = True
@@ -160,11 +164,15 @@ class ResidualBlock(nn.Module):
 
 
 class ImpalaCNN(nn.Module):
-    """IMPALA-CNN (Espeholt et al. 2018, figure 3 right), (B, C, 64, 64) -> (B, 256), with 16, 32, 32 channels times `scale`."""
+    """IMPALA-CNN (Espeholt et al. 2018, figure 3 right), (B, C, 64, 64) -> (B, 256), with 16, 32, 32 channels times `scale`.
 
-    def __init__(self, in_channels, scale):
+    patch_size P (1 in the paper) folds patches of P x P pixels into channels first: (B, C * P^2, 64 / P, 64 / P).
+    """
+
+    def __init__(self, in_channels, scale, patch_size=1):
         super().__init__()
-        layers = []
+        layers = [nn.PixelUnshuffle(patch_size)] if patch_size > 1 else []
+        in_channels *= patch_size**2
         for channels in (int(16 * scale), int(32 * scale), int(32 * scale)):
             layers += [
                 nn.Conv2d(in_channels, channels, kernel_size=3, padding=1),
@@ -173,8 +181,8 @@ class ImpalaCNN(nn.Module):
                 ResidualBlock(channels, channels),
             ]
             in_channels = channels
-        self.conv = nn.Sequential(*layers, nn.Flatten(), nn.ReLU())  # (B, 32 * scale * 8 * 8)
-        self.fc = nn.Linear(int(32 * scale) * 8 * 8, 256)
+        self.conv = nn.Sequential(*layers, nn.Flatten(), nn.ReLU())  # (B, 32 * scale * (8 / P)^2)
+        self.fc = nn.Linear(int(32 * scale) * (8 // patch_size) ** 2, 256)
 
     def forward(self, x):
         return torch.relu(self.fc(self.conv(x)))
@@ -183,9 +191,9 @@ class ImpalaCNN(nn.Module):
 class IDM(nn.Module):
     """Inverse dynamics model: frames o_{t-1}, o_t, o_{t+1} stacked on channels (B, 9, 64, 64) -> continuous latent (B, latent_dim)."""
 
-    def __init__(self, scale, latent_dim):
+    def __init__(self, scale, latent_dim, patch_size=1):
         super().__init__()
-        self.network = ImpalaCNN(9, scale)
+        self.network = ImpalaCNN(9, scale, patch_size)
         self.head = nn.Linear(256, latent_dim)
 
     def forward(self, x):
@@ -231,21 +239,26 @@ class VQ(nn.Module):
 
 
 class FDM(nn.Module):
-    """Forward dynamics model, a U-Net: frames (B, 6, 64, 64) o_{t-1}, o_t and latents (B, latent_dim) -> o^_{t+1} (B, 3, 64, 64)."""
+    """Forward dynamics model, a U-Net: frames (B, 6, 64, 64) o_{t-1}, o_t and latents (B, latent_dim) -> o^_{t+1} (B, 3, 64, 64).
 
-    def __init__(self, latent_dim, width, predict_change=False):
+    z is joined to the frames before the first layer, and once more at the bottleneck. patch_size P (1 in the paper) folds patches of
+    P x P pixels into channels, C = 6 * P^2, at the first layer and unfolds them after the last, so that log2(P) down and up blocks fewer do.
+    """
+
+    def __init__(self, latent_dim, width, predict_change=False, patch_size=1):
         super().__init__()
-        b, self.predict_change = width, predict_change
-        down, up = [b, 2 * b, 4 * b, 8 * b, 16 * b], [16 * b, 8 * b, 4 * b, 2 * b, b, b]
-        self.down_convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in zip([6 + latent_dim] + down[:-1], down))
+        b, self.C, self.P, self.predict_change = width, 6 * patch_size**2, patch_size, predict_change
+        down = [b, 2 * b, 4 * b, 8 * b, 16 * b][: 6 - patch_size.bit_length()]
+        top, up = down[-1], [*down[::-1], b]
+        self.down_convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in zip([self.C + latent_dim] + down[:-1], down))
         self.down_blocks = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(o), ResidualBlock(o, o // 2), nn.MaxPool2d(2), nn.ReLU()) for o in down)
-        self.bottleneck = nn.Conv2d(16 * b, 32 * b, kernel_size=2)  # 2x2 -> 1x1
-        up_inputs = [32 * b + latent_dim] + [2 * w for w in down[::-1]]
+        self.bottleneck = nn.Conv2d(top, 2 * top, kernel_size=2)  # 2x2 -> 1x1
+        up_inputs = [2 * top + latent_dim] + [2 * w for w in down[::-1]]
         self.up_blocks = nn.ModuleList(
             nn.Sequential(nn.ConvTranspose2d(i, o, kernel_size=2, stride=2), nn.BatchNorm2d(o), ResidualBlock(o, o // 2), nn.ReLU())
             for i, o in zip(up_inputs, up)
         )
-        self.head = nn.Sequential(nn.Conv2d(b + 6, b, 3, padding=1), ResidualBlock(b, b // 2), nn.ReLU(), nn.Conv2d(b, 3, 1))
+        self.head = nn.Sequential(nn.Conv2d(b + self.C, b, 3, padding=1), ResidualBlock(b, b // 2), nn.ReLU(), nn.Conv2d(b, self.C // 2, 1))
         if predict_change:
             nn.init.zeros_(self.head[-1].weight)
             nn.init.zeros_(self.head[-1].bias)
@@ -256,23 +269,23 @@ class FDM(nn.Module):
         A convolution of a constant map has nine distinct values (corners, edges, inside), so z is convolved on a 3x3 map and stretched.
         """
         conv, n = self.down_convs[0], frames.shape[-1] - 2
-        m = F.conv2d(z[:, :, None, None].expand(-1, -1, 3, 3), conv.weight[:, 6:], conv.bias, padding=1)  # (B, b, 3, 3)
+        m = F.conv2d(z[:, :, None, None].expand(-1, -1, 3, 3), conv.weight[:, self.C :], conv.bias, padding=1)  # (B, b, 3, 3)
         m = torch.cat([m[..., :1], m[..., 1:2].expand(-1, -1, -1, n), m[..., 2:]], dim=3)
-        m = torch.cat([m[:, :, :1], m[:, :, 1:2].expand(-1, -1, n, -1), m[:, :, 2:]], dim=2)  # (B, b, 64, 64)
-        return F.conv2d(frames, conv.weight[:, :6], padding=1) + m
+        m = torch.cat([m[:, :, :1], m[:, :, 1:2].expand(-1, -1, n, -1), m[:, :, 2:]], dim=2)  # (B, b, 64 / P, 64 / P)
+        return F.conv2d(frames, conv.weight[:, : self.C], padding=1) + m
 
     def forward(self, frames, z):
-        skips = []
-        x = self.down_blocks[0](self.first_conv(frames, z))
+        patches, skips = F.pixel_unshuffle(frames, self.P), []  # (B, C, 64 / P, 64 / P)
+        x = self.down_blocks[0](self.first_conv(patches, z))
         for conv, block in zip(self.down_convs[1:], self.down_blocks[1:]):
             skips.append(x)
             x = block(conv(x))
         skips.append(x)
         skips.append(z[:, :, None, None].to(x.dtype))
-        x = torch.relu(self.bottleneck(x))
+        x = self.bottleneck(x)
         for block in self.up_blocks:
             x = block(torch.cat([x, skips.pop()], dim=1))
-        x = self.head(torch.cat([x, frames.to(x.dtype)], dim=1)).float()
+        x = F.pixel_shuffle(self.head(torch.cat([x, patches.to(x.dtype)], dim=1)).float(), self.P)
         return frames[:, 3:] + x if self.predict_change else torch.tanh(x) / 2
 
 
@@ -362,6 +375,9 @@ def start_run(run_dir, args, inputs):
                 raise ValueError("its description is damaged")
         except Exception as e:
             sys.exit(f"error: {resume_path} cannot be read ({first_line(e)}), so that the unfinished run in its folder cannot go on: {mend}")
+        if args.bf16 is None:
+            args.bf16 = meta["args"].get("bf16")
+            print(f"going on in {'bfloat16' if args.bf16 else 'float32'}, as the run began (on another machine it may be the slower one)")
         now = {key: value for key, value in asdict(args).items() if key not in NOT_COMPARED}
         changed = [key for key, value in now.items() if repr(meta["args"].get(key)) != repr(value)]
         if changed:
@@ -392,27 +408,60 @@ def refusing_damage(path):
         sys.exit(f"error: {path} is damaged, so that the unfinished run in its folder cannot go on ({first_line(e)}): start afresh with --overwrite")
 
 
+def this_command():
+    """The command that goes on with this run."""
+    return "python " + shlex.join(arg for arg in sys.argv if arg != "--overwrite")
+
+
 class Checkpointer:
     """Says when to save: every `seconds`, and once SIGINT or SIGTERM has come (which a second time ends the process as usual)."""
 
     def __init__(self, seconds):
-        self.seconds, self.last, self.stop = seconds, time.time(), False
+        self.seconds, self.last, self.stop = seconds, time.time(), 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.request)
 
     def request(self, number, _):
-        self.stop = True
+        self.stop = number
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     def due(self):
-        return self.stop or time.time() - self.last >= self.seconds
+        return self.stop > 0 or time.time() - self.last >= self.seconds
 
     def saved(self, run_dir):
         """To be called after saving; ends the process if that was asked for."""
         self.last = time.time()
         if self.stop:
-            print(f"\nstopped and saved in {run_dir}; go on with: python {shlex.join(arg for arg in sys.argv if arg != '--overwrite')}")
-            sys.exit(0)
+            print(f"\nstopped and saved in {run_dir}; go on with: {this_command()}")
+            sys.exit(128 + self.stop)  # 130 or 143, as shells expect: a pipeline stops here
+
+
+def choose_precision(args, device, work):
+    """The autocast of this run, in bfloat16 or float32: as --bf16 or --no-bf16 says, else whichever is faster here. Notes it in args.bf16.
+
+    On a CPU work(autocast), a step of this script's own network on a few samples, is timed in both; that takes less than 3 s.
+    """
+    autocasts = [torch.autocast(device.type, torch.bfloat16, enabled=enabled) for enabled in (False, True)]
+
+    def seconds(function, *inputs):
+        times, end = [], time.perf_counter() + 0.4
+        while len(times) < 2 or time.perf_counter() < end:
+            start = time.perf_counter()
+            function(*inputs)
+            times.append(time.perf_counter() - start)
+        return min(times[1:])  # the first one warms up
+
+    if args.bf16 is None and device.type != "cpu":
+        args.bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    elif args.bf16 is None:
+        x = torch.ones(256, 256)
+        ratio = seconds(torch.mm, x, x) / seconds(torch.mm, x.bfloat16(), x.bfloat16())
+        if ratio > 0.2:  # without bfloat16 instructions it is a hundredth: the script's own step would take minutes
+            ratio = seconds(work, autocasts[0]) / seconds(work, autocasts[1])
+        args.bf16 = ratio > 1.1
+        other = "--no-bf16 to force float32" if args.bf16 else "so float32; --bf16 to force bfloat16"
+        print(f"bfloat16: {ratio:.2g}× float32 on this machine ({other})")
+    return autocasts[args.bf16]
 
 
 def get_rng_state(*generators):
@@ -468,7 +517,7 @@ def load_meta(data_dir, env_id):
         sys.exit(f"error: {data_dir}/meta.json is not JSON: collect the dataset again with `{command} --overwrite`")
     if not isinstance(meta, dict):
         sys.exit(f"error: {data_dir}/meta.json holds no dictionary: collect the dataset again with `{command} --overwrite`")
-    for key, want in (("format_version", FORMAT_VERSION), ("env_id", env_id)):
+    for key, want in (("format_version", DATA_FORMAT_VERSION), ("env_id", env_id)):
         if meta.get(key) != want:
             sys.exit(
                 f"error: {data_dir} has {key} {first_line(meta.get(key))}, expected {want}: make it with `{command}`, or choose another --data-dir"
@@ -683,8 +732,6 @@ def provenance(args, device):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    if args.env_id not in ENV_NAMES:
-        sys.exit(f"error: --env-id {args.env_id} is not a Procgen game: choose one of {', '.join(ENV_NAMES)}")
     require(args, num_updates=1, batch_size=1, eval_every=1, eval_windows=2)
     data_dir = Path(args.data_dir or f"data/{args.env_id}")
     run_dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
@@ -713,19 +760,27 @@ if __name__ == "__main__":
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-    origin = provenance(args, device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+    device = (torch.accelerator.current_accelerator(check_available=True) if args.cuda else None) or torch.device("cpu")
     start_time = time.time() - (state["meta"]["wall_seconds"] if state else 0)
 
     latent_dim = args.vq_num_codebooks * args.vq_num_slots * args.vq_dim
-    idm = IDM(args.idm_scale, latent_dim).to(device).to(memory_format=torch.channels_last)
+    idm = IDM(args.idm_scale, latent_dim, args.patch_size).to(device).to(memory_format=torch.channels_last)
     vq = VQ(args.vq_num_codebooks, args.vq_num_slots, args.vq_dim, args.vq_num_codes, args.vq_commitment, args.vq_decay).to(device)
-    fdm = FDM(latent_dim, args.fdm_width, args.predict_change).to(device).to(memory_format=torch.channels_last)
+    fdm = FDM(latent_dim, args.fdm_width, args.predict_change, args.patch_size).to(device).to(memory_format=torch.channels_last)
     networks = (idm, vq if args.vq else None, fdm)
     trained = nn.ModuleList([idm, vq, fdm])
     params = [*idm.parameters(), *fdm.parameters()]
     optimizer = optim.Adam(params, lr=args.learning_rate, fused=True)
+
+    trial, trial_windows = copy.deepcopy(networks), get_windows(train_frames, train_t[:16], device)
+
+    def trial_step(autocast):
+        prediction, vq_loss, *_ = predict(*trial, trial_windows, autocast)
+        (F.mse_loss(prediction, trial_windows[:, 6:]) + vq_loss).backward()
+
+    autocast = choose_precision(args, device, trial_step)
+    origin = provenance(args, device)
+    print(f"{args.env_id}: {run_dir}, {origin['device_name']}, {'bfloat16' if args.bf16 else 'float32'}")
 
     def lr_factor(update):
         if update < args.warmup_updates:
@@ -828,7 +883,7 @@ if __name__ == "__main__":
 
     meta = {
         "stage": "lapo_pretrain", "env_id": args.env_id, "num_levels": data_meta["num_levels"], "start_level": data_meta["start_level"],
-        "data_dir": str(data_dir), "args": asdict(args),
+        "data_dir": str(data_dir), "args": asdict(args), "command": this_command(),
     }  # fmt: skip
     rng = np.random.default_rng(args.seed)
     curve, first_update, collapsed, picture_seconds, checkpointer = [], 0, 0, 0.0, Checkpointer(args.checkpoint_seconds)
@@ -901,7 +956,7 @@ if __name__ == "__main__":
             progress_meta |= {"inputs": inputs, "wall_seconds": time.time() - start_time}
             # first this, then resume.pt: a run that goes on from there writes this file again
             weights = {name: states[name] for name in ("idm", "vq", "fdm")}
-            save_checkpoint(run_dir / "checkpoint.pt", {**meta, "updates": step}, **weights)
+            save_checkpoint(run_dir / "checkpoint.pt", {**meta, "updates": step, "unfinished": step < args.num_updates}, **weights)
             writer.flush()
             save_checkpoint(run_dir / "resume.pt", {**meta, **progress_meta}, rng=get_rng_state(rng), **states)
             checkpointer.saved(run_dir)
@@ -930,7 +985,7 @@ if __name__ == "__main__":
         tqdm.write("measuring the latent space beside its controls ...")
         shuffled = {split: np.random.default_rng(0).permutation(a) for split, a in true_actions.items()}
         torch.manual_seed(args.seed)  # the networks as they were before training
-        fresh = IDM(args.idm_scale, latent_dim).to(device).to(memory_format=torch.channels_last).eval()
+        fresh = IDM(args.idm_scale, latent_dim, args.patch_size).to(device).to(memory_format=torch.channels_last).eval()
         fresh_vq = VQ(args.vq_num_codebooks, args.vq_num_slots, args.vq_dim, args.vq_num_codes, args.vq_commitment, args.vq_decay).to(device).eval()
         fresh = {split: encode(split, fresh, fresh_vq if args.vq else None) for split in split_frames}
         latent_space = {
