@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10,<3.13"
-# dependencies = ["torch==2.13.0", "procgen-mirror==0.10.7", "gym==0.26.2", "numpy<2", "tyro", "tensorboard", "tqdm"]
+# dependencies = ["torch==2.13.0", "numpy<2", "tyro", "tensorboard", "tqdm"]
 # ///
 """LAPO, stage 3 of 5: clone a policy in the latent action space (paper section 4.2).
 
@@ -620,7 +620,7 @@ if __name__ == "__main__":
     policy = LatentPolicy(args.policy_scale, latent_dim, args.patch_size).to(device).to(memory_format=torch.channels_last)
     optimizer = optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)
 
-    trial, trial_obs = copy.deepcopy(policy), torch.from_numpy(train_frames[:16]).to(device)
+    trial, trial_obs = copy.deepcopy(policy), torch.from_numpy(train_frames[:16].copy()).to(device)
 
     def trial_step(autocast):
         with autocast:

@@ -813,7 +813,7 @@ if __name__ == "__main__":
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = (torch.accelerator.current_accelerator(check_available=True) if args.cuda else None) or torch.device("cpu")
     trial = ScratchPolicy(bc_args["policy_scale"], bc_args["patch_size"]).to(device).to(memory_format=torch.channels_last)
-    trial_obs = torch.from_numpy(frames[:16]).to(device)
+    trial_obs = torch.from_numpy(frames[:16].copy()).to(device)
 
     def trial_step(autocast):
         with autocast:

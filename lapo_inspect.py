@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.10,<3.13"
-# dependencies = ["torch==2.13.0", "procgen-mirror==0.10.7", "gym==0.26.2", "numpy<2", "tyro", "pillow", "scikit-learn>=1.7", "matplotlib"]
+# dependencies = [
+#   "torch==2.13.0", "procgen-mirror==0.10.7", "gym==0.26.2", "numpy<2", "tyro", "tensorboard", "tqdm", "pillow", "scikit-learn>=1.7", "matplotlib",
+# ]
 # ///
 """A look inside the latent actions: one HTML report with every picture in it, from a checkpoint of lapo_pretrain.py and its dataset.
 

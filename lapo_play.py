@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.10,<3.13"
-# dependencies = ["torch==2.13.0", "procgen-mirror==0.10.7", "gym==0.26.2", "numpy<2", "tyro", "scikit-learn>=1.7"]
+# dependencies = [
+#   "torch==2.13.0", "procgen-mirror==0.10.7", "gym==0.26.2", "numpy<2", "tyro", "tensorboard", "tqdm", "pillow", "scikit-learn>=1.7", "matplotlib",
+# ]
 # ///
 """Play the dream: the learned world of lapo_pretrain.py under your fingers, on a local web page, with the real game beside it.
 

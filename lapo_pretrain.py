@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10,<3.13"
 # dependencies = [
-#   "torch==2.13.0", "procgen-mirror==0.10.7", "gym==0.26.2", "numpy<2", "tyro", "tensorboard", "tqdm", "pillow", "scikit-learn>=1.7", "matplotlib",
+#   "torch==2.13.0", "numpy<2", "tyro", "tensorboard", "tqdm", "pillow", "scikit-learn>=1.7", "matplotlib",
 # ]
 # ///
 """LAPO, stage 2 of 5: learn latent actions from frames alone (paper section 4.1, figure 2).

@@ -7,12 +7,12 @@
 report.png     learning curves, the table as bars, return against label counts, predicted frames, the latents in 2-D
 results.json   the table in numbers, and how long each stage took
 
-python report.py --env-id coinrun --runs-dir runs/quickstart
+python report.py --env-id coinrun --seed 1
 """
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -24,6 +24,7 @@ import matplotlib.pyplot as plt
 
 NAMES = {"random": "random", "bc_from_scratch": "BC from scratch", "lapo_decoder": "LAPO + decoder", "demonstrator": "demonstrator"}
 COLORS = {"random": "#999999", "bc_from_scratch": "#D55E00", "lapo_decoder": "#0072B2", "demonstrator": "#333333"}  # Okabe and Ito
+STAGES = ("collect_expert_data", "lapo_pretrain", "lapo_bc", "lapo_decode")
 
 
 @dataclass
@@ -32,12 +33,10 @@ class Args:
     """the Procgen game"""
     seed: int = 1
     """the seed of the runs"""
-    runs_dir: str = "runs/quickstart"
-    """where the runs lie, and report.png and results.json go"""
+    runs_dir: str | None = None
+    """where the runs lie, and report.png and results.json go; default runs/quickstart/ENV_ID__SEED"""
     data_dir: str | None = None
-    """the dataset, for the true actions in the map of latents; default RUNS_DIR/data/ENV_ID"""
-    stage_seconds: dict[str, int] = field(default_factory=dict)
-    """wall time of each script, as the quickstart measured it: SCRIPT SECONDS SCRIPT SECONDS ..."""
+    """the dataset, for the true actions in the map of latents; default RUNS_DIR/data"""
 
 
 def plot_latents(ax, latents, actions):
@@ -63,12 +62,14 @@ def plot_latents(ax, latents, actions):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    runs = Path(args.runs_dir)
-    folders = {stage: runs / f"{args.env_id}__{stage}__{args.seed}" for stage in ("lapo_pretrain", "lapo_bc", "lapo_decode")}
+    runs = Path(args.runs_dir or f"runs/quickstart/{args.env_id}__{args.seed}")
+    data_dir = Path(args.data_dir or runs / "data")
+    folders = {stage: runs / f"{args.env_id}__{stage}__{args.seed}" for stage in STAGES}
     for stage, folder in folders.items():
         if not (folder / "results.json").exists():
-            sys.exit(f"error: {folder} holds no finished run: make it with `python {stage}.py --env-id {args.env_id} --runs-dir {runs}`")
-    pretrain, bc, decode = (json.loads((folder / "results.json").read_text()) for folder in folders.values())
+            command = f"python {stage}.py --env-id {args.env_id} --seed {args.seed} --runs-dir {runs} --data-dir {data_dir}"
+            sys.exit(f"error: {folder} holds no finished run: make it with `{command}`")
+    collect, pretrain, bc, decode = (json.loads((folder / "results.json").read_text()) for folder in folders.values())
     rows = decode["rows"]
 
     fig = plt.figure(figsize=(17, 14), layout="constrained")
@@ -129,7 +130,7 @@ if __name__ == "__main__":
     ax.legend(fontsize=9, ncol=2, loc="upper center")
 
     t = np.load(folders["lapo_pretrain"] / "test_windows.npy")
-    actions_path = Path(args.data_dir or runs / "data" / args.env_id) / "test" / "actions.npy"
+    actions_path = data_dir / "test" / "actions.npy"
     actions = np.load(actions_path, mmap_mode="r")[t] if actions_path.exists() else None
     plot_latents(fig.add_subplot(grid[1, 4:]), np.load(folders["lapo_pretrain"] / "test_latents.npy"), actions)
 
@@ -142,9 +143,11 @@ if __name__ == "__main__":
         spine.set_visible(False)
     fig.savefig(runs / "report.png", dpi=80)
 
+    seconds = {stage: found["wall_seconds"] for stage, found in zip(STAGES, (collect, pretrain, bc, decode))}
     results = {
-        "env_id": args.env_id, "seed": args.seed, "n_labels": decode["n_labels"], "wall_seconds": sum(args.stage_seconds.values()),
-        "stage_seconds": args.stage_seconds, "rows": rows, "curve": decode["curve"], "torch": decode["versions"]["torch"], "device": decode["device"],
+        "env_id": args.env_id, "seed": args.seed, "n_labels": decode["n_labels"], "wall_seconds": sum(seconds.values()),
+        "stage_seconds": seconds, "bf16": pretrain["args"]["bf16"], "rows": rows, "curve": decode["curve"],
+        "torch": decode["versions"]["torch"], "device": decode["device"],
     }  # fmt: skip
     (runs / "results.json").write_text(json.dumps(results, indent=2))
     print(f"wrote {runs}/report.png and {runs}/results.json")

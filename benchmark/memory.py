@@ -20,7 +20,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from lapo_pretrain import FORMAT_VERSION  # noqa: E402
+from lapo_pretrain import DATA_FORMAT_VERSION  # noqa: E402
 
 SMALL = "--env-id coinrun --no-cuda --data-dir data"
 FLAGS = {
@@ -50,7 +50,7 @@ def make_dataset(folder, num_frames):
         (folder / split).mkdir(parents=True)
         np.lib.format.open_memmap(folder / split / "frames.npy", "w+", np.uint8, (n, 64, 64, 3))
         np.save(folder / split / "first.npy", np.arange(n) == 0)
-    meta = {"format_version": FORMAT_VERSION, "env_id": "coinrun", "num_levels": 0, "start_level": 0}
+    meta = {"format_version": DATA_FORMAT_VERSION, "env_id": "coinrun", "num_levels": 0, "start_level": 0}
     (folder / "meta.json").write_text(json.dumps({**meta, "splits": {split: {"num_frames": n} for split, n in splits.items()}}))
 
 

@@ -37,7 +37,7 @@ TOY = {
     "lapo_finetune_ppo": "--total-timesteps 2048 --num-envs 16 --num-steps 32 --action-head-warmup 512 600 --value-head-warmup 512 600 "
     "--linear-warmup 600 700 --decoder-frames 500 4000 --eval-episodes 4",
 }
-TOY = {stage: f"--env-id {ENV_ID} --no-cuda {flags}".split() for stage, flags in TOY.items()}
+TOY = {stage: f"--env-id {ENV_ID} --no-cuda --no-bf16 {flags}".split() for stage, flags in TOY.items()}
 
 
 def run_dir(stage, seed=1):

@@ -212,16 +212,16 @@ class LengthsEnv:
                 self.step[e], self.episode[e] = 0, self.episode[e] + 1
 
 
-def test_evaluate_takes_equally_many_episodes_of_each_env():
-    """evaluate() returns every env's first episode, then every env's second; ready envs are not asked; surplus episodes are cut."""
+def test_evaluate_counts_every_episode_once():
+    """evaluate() hands the next episode to the env that is free first; returns are in the episodes' order; idle envs are not asked."""
     env, asked = LengthsEnv(), []
 
-    def act(obs):
-        asked.append(obs[:, 0, 0, 0].tolist())
+    def act(obs, episode):
+        asked.append(episode.tolist())
         return obs[:, 0, 0, 0].astype(np.int32) + 1
 
-    assert collect.evaluate(act, env, 6).tolist() == [2, 105, 203, 7, 101, 203]
-    assert asked == [[0, 1, 2]] * 6 + [[0]] * 3
+    assert collect.evaluate(act, env, 6).tolist() == [2, 105, 203, 7, 203, 101]
+    assert asked == [[0, 1, 2]] * 2 + [[3, 1, 2]] + [[3, 1, 4]] * 2 + [[3, 5, 4]] + [[3]] * 3
     assert [a.tolist() for a in env.actions] == [[1, 2, 3]] * 6 + [[1, 0, 0]] * 3
     assert collect.evaluate(act, LengthsEnv(), 4).tolist() == [2, 105, 203, 7]
 

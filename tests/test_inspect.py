@@ -246,7 +246,7 @@ def change_tensors(name, change):
 @pytest.mark.parametrize(
     "spoil, flags, says",
     [
-        (None, ["--env-id", "pong"], ["--env-id pong", "bossfight"]),
+        (None, ["--env-id", "pong"], ["pong__lapo_pretrain__1", "lapo_pretrain.py --env-id pong"]),
         (None, ["--num-codes", "0"], ["--num-codes is 0", "at least 1"]),
         (None, ["--pretrain-checkpoint", "none.pt"], ["none.pt", "lapo_pretrain.py"]),
         (None, ["--data-dir", "nowhere"], ["nowhere", "collect_expert_data.py"]),
@@ -301,7 +301,7 @@ def test_films_show_the_actions(tmp_path):
     """An agent's film carries each playing game's action in its own corner; a game that has given its episodes is dark and shows its return."""
     env = collect.make_env(ENV_ID, 2, 16, 0, seed=1)
     actions, film = [7, 0], tmp_path / "film.gif"
-    collect.evaluate(lambda obs: np.array(actions[: len(obs)], dtype=np.int32), env, 2, film)
+    collect.evaluate(lambda obs, episode: np.array(actions, dtype=np.int32)[episode], env, 2, film)
     env.close()
     gif = Image.open(film)
     assert gif.size == (2 * 196, 192)

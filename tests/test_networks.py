@@ -214,7 +214,7 @@ def test_networks_normalise_uint8_frames():
 def test_finetuning_agent_starts_undecided():
     """The action head of the fine-tuning agent starts at exactly zero; that of PPO from scratch does not."""
     obs = torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8)
-    agent, scratch = finetune.Agent(0.25, 8, (16,)), finetune.Agent(0.25)
+    agent, scratch = finetune.Agent(0.25, 1, 8, (16,)), finetune.Agent(0.25)
     assert (agent(agent.features(obs))[0] == 0).all()
     assert scratch(scratch.features(obs))[0].abs().max() > 0
 

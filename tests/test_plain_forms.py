@@ -149,7 +149,7 @@ def test_stored_features_equal_recomputed_ones():
     """Fine-tuning on stored features of the frozen convolutions gives the logits and gradients of running them again, here without autocast."""
     obs, batch = ppo_batch(32)
     torch.manual_seed(0)
-    agent = finetune.Agent(0.5, 8, (16,)).to(memory_format=torch.channels_last)
+    agent = finetune.Agent(0.5, 1, 8, (16,)).to(memory_format=torch.channels_last)
     for frozen in (agent.network.conv, agent.frozen_fc, agent.latent_head, agent.decoder):
         frozen.requires_grad_(False)
     torch.nn.init.normal_(agent.actor.weight, std=0.1)

@@ -213,7 +213,7 @@ def test_script_without_labels(pipeline, respond, tmp_path, how):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--env-id pong", ("--env-id pong", "coinrun")),
+        ("--env-id pong", ("pong__lapo_pretrain__1", "lapo_pretrain.py --env-id pong")),
         ("--seed 7", (str(run_dir("lapo_pretrain", 7) / "checkpoint.pt"), f"`python lapo_pretrain.py --env-id {ENV_ID} --seed 7`")),
         (f"--pretrain-checkpoint {run_dir('lapo_bc') / 'checkpoint.pt'}", ("has stage lapo_bc, expected lapo_pretrain",)),
         ("--data-dir nowhere", ("no dataset at nowhere", f"`python collect_expert_data.py --env-id {ENV_ID} --data-dir nowhere`")),

@@ -1,4 +1,4 @@
-"""Runs that stop, go on, or must not: resuming, signals, locks, full disks, numbers that are not finite, --verify, hostile files."""
+"""Runs that stop, go on, or must not: resuming, signals, locks, full disks, numbers that are not finite."""
 
 import contextlib
 import errno
@@ -15,7 +15,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -134,32 +133,8 @@ def test_resumed_equals_uninterrupted(pipeline, tmp_path, name):
         if not run(cwd, stage, *TOY[stage], *flags, *NOW, stop_after=stop_after):
             break
         age_events(cwd / run_dir(name), number)
-    assert number >= 4
+    assert number >= (2 if stage == "lapo_decode" else 4)  # decoding saves after each draw of the labels
     assert_same_run(cwd, pipeline.cwd, name)
-
-
-@pytest.mark.parametrize("stop_at", ["checkpoint.pt", "meta.json"])
-def test_killed_between_two_files(pipeline, tmp_path, stop_at):
-    """A kill right after another file than resume.pt has been written, the dataset's meta.json too, leaves nothing that cannot go on."""
-    cwd = tmp_path / "work"
-    cwd.mkdir()
-    assert run(cwd, "collect_expert_data", *TOY["collect_expert_data"], *NOW, stop_after=1, stop_at=stop_at)
-    age_events(cwd / run_dir("collect_expert_data"), 0)
-    assert not run(cwd, "collect_expert_data", *TOY["collect_expert_data"], *NOW)
-    assert_same_run(cwd, pipeline.cwd, "collect_expert_data")
-
-
-def test_collecting_goes_on_after_its_last_file_but_one(pipeline, tmp_path):
-    """A kill between meta.json and results.json, playing a demonstrator of another scale than --scale's default."""
-    cwd = tmp_path / "work"
-    cwd.mkdir()
-    expert = pipeline.cwd / run_dir("collect_expert_data") / "checkpoint.pt"
-    flags = (
-        f"--env-id {ENV_ID} --no-cuda --expert-checkpoint {expert} --num-envs 8 --num-train-frames 200 --num-test-frames 24 --eval-episodes 8".split()
-    )
-    assert run(cwd, "collect_expert_data", *flags, *NOW, stop_after=1, stop_at="meta.json")
-    assert not run(cwd, "collect_expert_data", *flags, *NOW)
-    assert (cwd / run_dir("collect_expert_data") / "results.json").exists()
 
 
 INPUTS = [("lapo_pretrain", None), ("lapo_bc", "lapo_pretrain"), ("lapo_decode", "lapo_bc"), ("lapo_finetune_ppo", "lapo_bc")]
@@ -168,8 +143,8 @@ INPUTS = [("lapo_pretrain", None), ("lapo_bc", "lapo_pretrain"), ("lapo_decode",
 @pytest.mark.parametrize("stage, before", INPUTS, ids=[stage for stage, _ in INPUTS])
 def test_other_inputs_do_not_go_on(work, stage, before):
     """An unfinished run is refused once the checkpoint or the dataset that it began with has been made anew, and goes on with the old ones."""
-    flags = [*TOY[stage], *FRESH]
-    assert run(work, stage, *flags, *NOW, stop_after=2)
+    flags = [*TOY[stage], *FRESH] + ["--num-draws", "4"] * (stage == "lapo_decode")
+    assert run(work, stage, *flags, *NOW, stop_after=1)
     changes = {"--data-dir": work / "data" / ENV_ID / "meta.json"} if stage != "lapo_finetune_ppo" else {}
     if before:
         changes |= {f"--{before.removeprefix('lapo_')}-checkpoint": work / run_dir(before) / "checkpoint.pt"}
@@ -186,7 +161,7 @@ def test_other_inputs_do_not_go_on(work, stage, before):
         message = refused(work, stage, *flags)
         assert f"the file of {flag} has changed" in message and "--overwrite" in message and snapshot(work) == known
         replace(path, content)
-    assert run(work, stage, *flags, *NOW, *["--verify"] * (stage in READERS), stop_after=1)
+    assert run(work, stage, *flags, *NOW, stop_after=1)
     path = work / FRESH_DIR / "resume.pt"
     state = torch.load(path, weights_only=True)
     del state["meta"]["inputs"]  # a run of before they were noted
@@ -194,24 +169,18 @@ def test_other_inputs_do_not_go_on(work, stage, before):
     assert run(work, stage, *flags, *NOW, stop_after=1)
 
 
-def test_labels_that_are_gone_do_not_set_a_run_back(work):
-    """Cloning labels its frames again if latents.npy is gone, and saves no state of update 0 while it does."""
-    flags = [*TOY["lapo_bc"], *FRESH]
-    path = work / FRESH_DIR / "resume.pt"
-    saves = 0
-    while not path.exists() or torch.load(path, weights_only=True)["meta"]["step"] < 2:
-        saves += 1
-        assert run(work, "lapo_bc", *flags, *NOW, stop_after=1)
-    (work / FRESH_DIR / "latents.npy").unlink()
-    assert run(work, "lapo_bc", *flags, *NOW, stop_after=1)
-    assert torch.load(path, weights_only=True)["meta"]["step"] == 3 and saves > 2
-
-
-def test_unfinished_checkpoints_are_named(work, capsys):
-    """A stage that starts from a checkpoint of an unfinished run says so."""
-    assert run(work, "lapo_pretrain", *TOY["lapo_pretrain"], *NOW, "--overwrite", stop_after=3)
-    run(work, "lapo_bc", *TOY["lapo_bc"], *FRESH)
-    assert "warning: " in (found := capsys.readouterr().err) and "after 3 of 6 updates" in found
+def test_unfinished_checkpoints_are_refused(work):
+    """A checkpoint of an unfinished run is refused with the command that finishes it, and taken with --allow-unfinished."""
+    for stage, following in zip(STAGES, STAGES[1:4]):
+        if stage == "collect_expert_data":
+            continue  # its readers find no finished dataset
+        flags = [*TOY[stage], *NOW, "--overwrite"]
+        assert run(work, stage, *flags, stop_after=9 if stage == "lapo_bc" else 3)
+        message = refused(work, following, *TOY[following], *FRESH)
+        assert "is of an unfinished run" in message and f"{stage}.py --env-id" in message and "--allow-unfinished" in message
+        assert "--overwrite" not in message.split("--allow-unfinished")[0].replace("--overwrite to", "")
+        assert not run(work, following, *TOY[following], "--exp-name", f"{following}_anyway", "--allow-unfinished")
+        assert not run(work, stage, *TOY[stage])
 
 
 def test_commands_lead_to_where_the_run_lies(work, capsys):
@@ -241,14 +210,14 @@ def kill_after_first_save(monkeypatch):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_sigterm_ends_with_the_command_to_go_on(pipeline, tmp_path, capsys, stage):
-    """SIGTERM ends a run with status 0 and the command that goes on, which holds for a shell and does not start afresh."""
+    """SIGTERM ends a run with status 143 and the command that goes on, which holds for a shell and does not start afresh."""
     cwd = inputs(pipeline, tmp_path / "work", stage)
     (cwd / "runs").mkdir(exist_ok=True)
     (cwd / "runs").rename(cwd / "my runs")
     flags = [*TOY[stage], *NOW, "--runs-dir", "my runs"]
     with pytest.raises(SystemExit) as caught:
         run(cwd, stage, *flags, "--overwrite", patch=kill_after_first_save)
-    assert not caught.value.code
+    assert caught.value.code == 128 + signal.SIGTERM
     (command,) = re.findall(r"go on with: python (.*)", capsys.readouterr().out)
     script, *rest = shlex.split(command)
     assert Path(script).name == f"{stage}.py" and rest == flags
@@ -259,7 +228,7 @@ def test_sigterm_ends_with_the_command_to_go_on(pipeline, tmp_path, capsys, stag
 
 
 def test_sigterm_to_a_process(work, tmp_path):
-    """As a process: SIGTERM ends it after its update with status 0, and the printed command finishes the run."""
+    """As a process: SIGTERM ends it after its update with status 143, and the printed command finishes the run."""
     flags = [*TOY["lapo_pretrain"], *FRESH, *NOW, "--num-updates", "150"]
     with subprocess.Popen(
         [sys.executable, ROOT / "lapo_pretrain.py", *flags], cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -269,7 +238,7 @@ def test_sigterm_to_a_process(work, tmp_path):
             time.sleep(0.02)
         p.send_signal(signal.SIGTERM)
         out, err = p.communicate(timeout=60)
-    assert p.returncode == 0, err
+    assert p.returncode == 143, err
     assert "Traceback" not in err and not list((work / FRESH_DIR).glob("*.tmp"))
     assert torch.load(work / FRESH_DIR / "resume.pt", weights_only=True)["meta"]["step"] < 150
     (command,) = re.findall(r"go on with: python (.*)", out)
@@ -334,23 +303,6 @@ def small_disk(limit):
 
 def full(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@pytest.mark.parametrize("how", ["write", "fsync", "replace"])
-def test_full_disk_while_saving(tmp_path, monkeypatch, how):
-    """A checkpoint that cannot be written, flushed or renamed is one sentence; the one before it is intact, and no half of a file stays."""
-    path, meta = tmp_path / "checkpoint.pt", {"stage": "lapo_pretrain", "env_id": ENV_ID}
-    collect.save_checkpoint(path, meta, model={"w": torch.zeros(100_000)})
-    before = snapshot(tmp_path)
-    with pytest.raises(SystemExit) as caught, monkeypatch.context() as patch:
-        if how != "write":
-            patch.setattr(os, how, full)
-        with small_disk(100_000) if how == "write" else contextlib.nullcontext():
-            collect.save_checkpoint(path, meta, model={"w": torch.ones(100_000)})
-    message = caught.value.code
-    assert message.startswith("error: ") and len(message.splitlines()) == 1 and str(path) in message and "intact" in message
-    assert how == "write" or "No space left" in message
-    assert snapshot(tmp_path) == before
 
 
 def test_run_goes_on_after_a_full_disk(pipeline, tmp_path):
@@ -472,52 +424,6 @@ def test_dead_idm_is_reported(work, capsys, flags):
     assert json.loads((work / FRESH_DIR / "results.json").read_text())["test/idm_active_share"] == 0
 
 
-def test_verify_passes_a_good_dataset(work, capsys):
-    """--verify lets through a dataset as it was collected."""
-    run(work, "lapo_pretrain", *TOY["lapo_pretrain"], *FRESH, "--verify", "--num-updates", "1")
-    assert "every file is what its checksum says" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("stage", READERS)
-def test_verify_refuses_changes(work, stage):
-    """--verify refuses a flipped bit in any file, which no size or header shows, by its name; and a dataset without checksums."""
-    data = work / "data" / ENV_ID
-    for name in ("train/frames", "test/frames", "train/first", "train/actions", "test/rewards", "train/returns"):
-        path = data / f"{name}.npy"
-        good = path.read_bytes()
-        replace(path, good[:-1] + bytes([good[-1] ^ 1]))
-        message = refused(work, stage, *TOY[stage], *FRESH, "--verify")
-        assert f"{name}.npy" in message and "checksum" in message
-        replace(path, good)
-    meta = json.loads((data / "meta.json").read_text())
-    for info in meta["splits"].values():
-        del info["checksums"]
-    replace(data / "meta.json", json.dumps(meta))
-    assert "no checksums" in refused(work, stage, *TOY[stage], *FRESH, "--verify")
-
-
-class Bomb:
-    """Unpickling it makes a folder."""
-
-    def __reduce__(self):
-        return os.mkdir, ("boom",)
-
-
-def test_pickle_bombs_do_not_go_off(work, tmp_path):
-    """A checkpoint.pt or resume.pt that would run code is refused in a sentence, and the code does not run."""
-    good = torch.load(work / run_dir("lapo_pretrain") / "checkpoint.pt", weights_only=True)
-    (work / FRESH_DIR).mkdir()
-    torch.save({**good, "idm": Bomb()}, work / "bomb.pt")
-    torch.save({**good, "idm": Bomb()}, work / FRESH_DIR / "resume.pt")
-    assert "bomb.pt cannot be read" in refused(work, "lapo_bc", *TOY["lapo_bc"], *FRESH, "--pretrain-checkpoint", "bomb.pt")
-    assert "resume.pt cannot be read" in refused(work, "lapo_pretrain", *TOY["lapo_pretrain"], *FRESH)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(work)
-        assert not Path("boom").exists()
-        torch.load("bomb.pt", weights_only=False)
-        assert Path("boom").exists()  # it would have
-
-
 @pytest.mark.parametrize("version", [0, 99])
 def test_other_format_versions_are_named(work, version):
     """A checkpoint, a state to resume from or a dataset of another format version is refused with the version found and the one expected."""
@@ -525,7 +431,7 @@ def test_other_format_versions_are_named(work, version):
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["meta"]["format_version"] = version
     torch.save(checkpoint, work / "other.pt")
-    words = f"has format_version {version}, expected 1"
+    words = f"has format_version {version}, expected {collect.FORMAT_VERSION}"
     assert f"other.pt {words}" in refused(work, "lapo_bc", *TOY["lapo_bc"], *FRESH, "--pretrain-checkpoint", "other.pt")
 
     assert run(work, "lapo_pretrain", *TOY["lapo_pretrain"], *FRESH, *NOW, stop_after=1)
@@ -537,26 +443,7 @@ def test_other_format_versions_are_named(work, version):
     meta_path = work / "data" / ENV_ID / "meta.json"
     replace(meta_path, json.dumps({**json.loads(meta_path.read_text()), "format_version": version}))
     for stage in READERS:
-        assert words in refused(work, stage, *TOY[stage], "--exp-name", "unread")
-
-
-@pytest.mark.parametrize("damage", ["text", "no step", "other weights", "no generator"])
-def test_damaged_state_is_refused(work, damage):
-    """A resume.pt that is no such file, or lacks or misstates a part, is refused in a sentence that says how to start afresh."""
-    assert run(work, "lapo_pretrain", *TOY["lapo_pretrain"], *FRESH, *NOW, stop_after=1)
-    path = work / FRESH_DIR / "resume.pt"
-    state = torch.load(path, weights_only=True)
-    if damage == "no step":
-        del state["meta"]["step"]
-    elif damage == "other weights":
-        state["idm"]["head.weight"] = torch.zeros(3)
-    elif damage == "no generator":
-        del state["rng"]
-    torch.save(state, path)
-    if damage == "text":
-        path.write_text("not a checkpoint")
-    message = refused(work, "lapo_pretrain", *TOY["lapo_pretrain"], *FRESH)
-    assert "resume.pt" in message and "--overwrite" in message
+        assert f"has format_version {version}, expected {collect.DATA_FORMAT_VERSION}" in refused(work, stage, *TOY[stage], "--exp-name", "unread")
 
 
 def test_refusal_of_a_lock_reaches_the_shell(work):
@@ -573,16 +460,3 @@ def test_refusal_of_a_lock_reaches_the_shell(work):
         first.send_signal(signal.SIGCONT)
         assert first.wait(120) == 0
     assert second.returncode == 1 and "another process" in second.stderr.splitlines()[-1] and "Traceback" not in second.stderr
-
-
-def test_arrays_of_a_resumed_dataset(pipeline, tmp_path):
-    """Collecting that finds its arrays gone, or of another size, does not go on as if nothing had been."""
-    cwd = tmp_path / "work"
-    cwd.mkdir()
-    flags = [*TOY["collect_expert_data"], *NOW, "--expert-checkpoint", pipeline.checkpoints["collect_expert_data"], "--eval-episodes", "2"]
-    assert run(cwd, "collect_expert_data", *flags, stop_after=3)
-    path = cwd / "data" / ENV_ID / "train" / "first.npy"
-    np.save(path, np.zeros(5, dtype=bool))
-    assert "first.npy" in refused(cwd, "collect_expert_data", *flags)
-    path.unlink()
-    assert "first.npy" in refused(cwd, "collect_expert_data", *flags)

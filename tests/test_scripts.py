@@ -27,7 +27,7 @@ def test_stages_chain_with_default_paths(pipeline):
         stage = next(s for s in STAGES[::-1] if name.startswith(s))
         meta = torch.load(pipeline.checkpoints[name], weights_only=True)["meta"]
         assert (results["stage"], results["env_id"], results["seed"]) == (stage, ENV_ID, 1)
-        assert (meta["stage"], meta["env_id"], meta["num_levels"], meta["start_level"], meta["format_version"]) == (stage, ENV_ID, 16, 0, 1)
+        assert [meta[key] for key in ("stage", "env_id", "num_levels", "start_level", "format_version")] == [stage, ENV_ID, 16, 0, 2]
         assert results["args"] == json.loads(json.dumps(meta["args"])) and results["device"] == "cpu" and results["wall_seconds"] > 0
     for stage, following in zip(STAGES, STAGES[1:]):
         assert f"python {following}.py --env-id {ENV_ID}" in pipeline.stdout[stage]
@@ -150,7 +150,7 @@ def test_finetuning_trains_only_what_it_should(pipeline, name):
     for p in ("weight", "bias"):
         assert (agent[f"agent.actor.{p}"] != 0).any()  # it began at 0
     torch.manual_seed(1)
-    start = finetune.Agent(0.25, 16, (192, 128, 64)).decoder.state_dict()
+    start = finetune.Agent(0.25, 1, 16, (192, 128, 64)).decoder.state_dict()
     decoder = [k for k in start if k.startswith("mlp.")]
     moved = [not torch.equal(start[k], agent[f"agent.decoder.{k}"]) for k in decoder]
     assert len(decoder) == 8 and (all(moved) if name == "lapo_finetune_ppo" else not any(moved))
@@ -171,7 +171,7 @@ def test_ppo_from_scratch_trains_everything(pipeline):
 def test_frozen_branch_is_the_cloned_policy(pipeline):
     """The fine-tuned agent's frozen branch computes the cloned policy's latent of an observation."""
     cloned, tuned = (torch.load(pipeline.checkpoints[name], weights_only=True) for name in ("lapo_bc", "lapo_finetune_ppo"))
-    policy, agent = bc.LatentPolicy(0.25, 16), finetune.Agent(0.25, 16, (192, 128, 64))
+    policy, agent = bc.LatentPolicy(0.25, 16), finetune.Agent(0.25, 1, 16, (192, 128, 64))
     policy.load_state_dict(cloned["policy"])
     agent.load_state_dict(tuned["agent"])
     obs = torch.from_numpy(np.load(pipeline.data / "test" / "frames.npy")[:32])
