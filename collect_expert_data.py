@@ -942,6 +942,7 @@ if __name__ == "__main__":
                 continue
             split_levels, split_start = levels[split]
             num_frames -= num_frames % args.num_envs
+            generator.manual_seed(args.seed + 2 + i)
             env, resumed = make_env(args.env_id, args.num_envs, split_levels, split_start, args.seed + 2 + i), None
             if state and "collecting" in state and state["meta"]["scores"] is not None and split not in state["meta"]["splits"]:
                 with refusing_damage(run_dir / "resume.pt"):

@@ -699,7 +699,7 @@ if __name__ == "__main__":
     progress = tqdm(range(first_update, args.num_updates), initial=first_update, total=args.num_updates, unit="update", desc="clone", mininterval=1)
     for update in progress:
         optimizer.param_groups[0]["lr"] = args.learning_rate * lr_factor(update)
-        i = rng.integers(len(train_t), size=args.batch_size)
+        i = torch.randint(len(train_t), (args.batch_size,)).numpy()
         with autocast:
             z = policy(torch.from_numpy(train_frames[train_t[i]]).to(device))
         loss = F.mse_loss(z, torch.from_numpy(train_z[i]).to(device))

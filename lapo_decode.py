@@ -898,7 +898,6 @@ if __name__ == "__main__":
     # n labelled transitions of draw d: the first n of its permutation, so more labels contain fewer
     methods = ("lapo_decoder", "bc_from_scratch")[: 1 + args.bc]
     plan = [(n, method) for n in args.num_labels for method in methods]
-    plan.sort(key=lambda policy: policy != (args.table_labels, "lapo_decoder"))  # the one to film comes first
     episodes_per_draw, checkpointer = -(-args.eval_episodes // args.num_draws), Checkpointer(args.checkpoint_seconds)
     meta = {
         "stage": "lapo_decode", "env_id": args.env_id, "num_levels": num_levels, "start_level": start_level, "n_labels": args.table_labels,
@@ -919,6 +918,7 @@ if __name__ == "__main__":
         checkpointer.saved(run_dir)
 
     for draw in range(len(played), args.num_draws):
+        torch.manual_seed(args.seed * 1000 + draw)
         order = np.random.default_rng([args.seed, draw]).permutation(valid_t)
         t = choose(order, draw)[: max(args.num_labels)]
         actions = torch.from_numpy(labels[t].astype(np.int64)).to(device)  # (n,)

@@ -900,7 +900,7 @@ if __name__ == "__main__":
     )
     for update in progress:
         optimizer.param_groups[0]["lr"] = args.learning_rate * lr_factor(update)
-        t = train_t[rng.integers(len(train_t), size=args.batch_size)]
+        t = train_t[torch.randint(len(train_t), (args.batch_size,)).numpy()]
         windows = get_windows(train_frames, t, device)
         prediction, vq_loss, z, batch_codes, perplexity = predict(*networks, windows, autocast)
         fdm_loss = F.mse_loss(prediction, windows[:, 6:])

@@ -52,5 +52,5 @@ stage lapo_bc.py "${COMMON[@]}" \
     --patch-size 2 --policy-scale 1 --eval-every 1000
 stage lapo_decode.py "${COMMON[@]}" \
     --num-labels 32 128 512 2048 --table-labels 512 --num-draws 5 --eval-episodes 200 --temperature 0.5 \
-    --decoder-updates 200 --bc-updates 200 --bc-batch-size 64 --capture-video
+    --decoder-updates 200 --bc-updates 200 --bc-batch-size 64
 stage report.py "${COMMON[@]}"
