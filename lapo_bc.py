@@ -538,13 +538,8 @@ def get_windows(frames, t, device):
 
 def mean_and_std(array, chunk=65_536):
     """Mean and standard deviation of the rows of a memory-mapped array (N, D), two tensors (D,), read chunk by chunk."""
-    n, total, squares = len(array), 0.0, 0.0
-    for i in range(0, n, chunk):
-        x = array[i : i + chunk].astype(np.float64)
-        total, squares = total + x.sum(0), squares + np.square(x).sum(0)
-        forget_pages(array)
-    mean = total / n
-    return torch.from_numpy(mean).float(), torch.from_numpy(np.sqrt(np.maximum(squares / n - mean**2, 0)) + 1e-6).float()
+    sample = torch.from_numpy(array[:: max(1, len(array) // chunk)].copy())
+    return sample.mean(0), sample.std(0) + 1e-6
 
 
 def refuse_bad_numbers(run_dir, update, batch, numbers):
@@ -632,9 +627,8 @@ if __name__ == "__main__":
     print(f"{args.env_id}: {run_dir}, {origin['device_name']}, {'bfloat16' if args.bf16 else 'float32'}")
 
     def lr_factor(update):
-        if update < args.warmup_updates:
-            return 0.01 + 0.99 * update / args.warmup_updates
-        return 1 - (update - args.warmup_updates) / max(1, args.num_updates - args.warmup_updates)
+        w = args.warmup_updates
+        return float(np.interp(update, [0, w, max(w + 1, args.num_updates)], [0.01, 1.0, 0.0]))
 
     meta = {
         "stage": "lapo_bc", "env_id": args.env_id, "num_levels": data_meta["num_levels"], "start_level": data_meta["start_level"],

@@ -783,9 +783,8 @@ if __name__ == "__main__":
     print(f"{args.env_id}: {run_dir}, {origin['device_name']}, {'bfloat16' if args.bf16 else 'float32'}")
 
     def lr_factor(update):
-        if update < args.warmup_updates:
-            return 0.1 + 0.9 * update / args.warmup_updates
-        return 1 - 0.99 * (update - args.warmup_updates) / max(1, args.num_updates - args.warmup_updates)
+        w = args.warmup_updates
+        return float(np.interp(update, [0, w, max(w + 1, args.num_updates)], [0.1, 1.0, 0.01]))
 
     eval_rng = np.random.default_rng(0)
     eval_t = {s: np.sort(eval_rng.permutation(t)[: args.eval_windows]) for s, t in (("train", train_t), ("test", test_t))}
