@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# LAPO from videos to a playing policy in ten minutes on two CPU cores: the five stages' first four, with
-# every flag that makes them small. The scripts' defaults are the paper's settings; README.md, "What the
-# quickstart changes", says why each flag is here. Interrupted (Ctrl-C), the same command goes on.
+# LAPO from videos to a playing policy in ten minutes on two CPU cores: stages 1 to 4, with every flag that
+# makes them small. The scripts' defaults are the paper's settings; docs/quickstart.md says why each flag is
+# here. Interrupted (Ctrl-C), the same command goes on.
 #     ./quickstart.sh [ENV_ID]            any game with a demonstrator in experts/
 #     SEED=2 ./quickstart.sh [ENV_ID]     another seed
 set -euo pipefail
@@ -15,8 +15,7 @@ COMMON=(--env-id "$ENV_ID" --seed "$SEED" --runs-dir "$OUT" --data-dir "$OUT/dat
 if [ ! -f "experts/$ENV_ID.pt" ]; then
     have=$(cd experts && ls -- *.pt | sed 's/\.pt$//' | paste -sd' ')
     echo "error: no demonstrator experts/$ENV_ID.pt (there is: $have): train one with" \
-        "\`python collect_expert_data.py --env-id $ENV_ID --num-train-frames 0\`" \
-        "and copy its checkpoint.pt to experts/$ENV_ID.pt" >&2
+        "\`python ppo_procgen.py --env-id $ENV_ID\` and copy its checkpoint.pt to experts/$ENV_ID.pt" >&2
     exit 1
 fi
 if [ -f "$OUT/results.json" ]; then # all of it is done: this is a new go
@@ -48,9 +47,8 @@ stage lapo_pretrain.py "${COMMON[@]}" \
     --num-updates 2000 --batch-size 32 --learning-rate 1e-3 --warmup-updates 500 \
     --patch-size 2 --idm-scale 1 --fdm-width 16 --vq-dim 4 --predict-change --eval-every 250 --eval-windows 2048
 stage lapo_bc.py "${COMMON[@]}" \
-    --num-updates 5000 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 \
-    --patch-size 2 --policy-scale 1 --eval-every 1000
+    --num-updates 5000 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 --policy-scale 1
 stage lapo_decode.py "${COMMON[@]}" \
-    --num-labels 32 128 512 2048 --table-labels 512 --num-draws 5 --eval-episodes 200 --temperature 0.5 \
-    --decoder-updates 200 --bc-updates 200 --bc-batch-size 64
+    --num-labels 32 128 512 2048 --num-draws 5 --eval-episodes 200 --temperature 0.5 \
+    --decoder-updates 200 --cloning-updates 200 --policy-batch-size 64
 stage report.py "${COMMON[@]}"

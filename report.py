@@ -1,13 +1,9 @@
-# /// script
-# requires-python = ">=3.10,<3.13"
-# dependencies = ["numpy<2", "tyro", "matplotlib"]
-# ///
-"""The quickstart's one picture and one result file, from what the four stages wrote.
+"""The quickstart's one picture and one result file, from what its four stages wrote.
 
-report.png     learning curves, the table as bars, return against label counts, predicted frames, the latents in 2-D
-results.json   the table in numbers, and how long each stage took
+report.png     learning curves, returns as bars and against label counts, the latents in 2-D, predicted frames
+results.json   the returns in numbers, and how long each stage took
 
-python report.py --env-id coinrun --seed 1
+    python report.py --env-id coinrun --seed 1
 """
 
 import json
@@ -15,15 +11,21 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
+import torch
 import tyro
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from lapo_bc import get_windows, load_checkpoint, load_dataset
+from lapo_inspect import build_networks, encode, load_labels, plot_by_move, to_pixels
+from lapo_pretrain import predict
 
-NAMES = {"random": "random", "bc_from_scratch": "BC from scratch", "lapo_decoder": "LAPO + decoder", "demonstrator": "demonstrator"}
-COLORS = {"random": "#999999", "bc_from_scratch": "#D55E00", "lapo_decoder": "#0072B2", "demonstrator": "#333333"}  # Okabe and Ito
+BLUE, ORANGE, GREEN, DARK, GREY = "#0072B2", "#D55E00", "#009E73", "#333333", "#999999"  # Okabe and Ito's
+METHODS = {
+    "cloning_from_scratch": ("cloning\nfrom scratch", ORANGE),
+    "lapo_decoder": ("LAPO\n+ decoder", BLUE),
+}
+ENDS = {"random": ("random", GREY), "demonstrator": ("demonstrator", DARK)}
 STAGES = ("collect_expert_data", "lapo_pretrain", "lapo_bc", "lapo_decode")
 
 
@@ -36,118 +38,117 @@ class Args:
     runs_dir: str | None = None
     """where the runs lie, and report.png and results.json go; default runs/quickstart/ENV_ID__SEED"""
     data_dir: str | None = None
-    """the dataset, for the true actions in the map of latents; default RUNS_DIR/data"""
+    """the dataset; default RUNS_DIR/data"""
 
 
-def plot_latents(ax, latents, actions):
-    """Test latents (n, latent_dim) on their two principal components; colour: horizontal move, marker: vertical move."""
-    x = latents - latents.mean(0)
-    _, s, vt = np.linalg.svd(x, full_matrices=False)
-    xy, share = x @ vt[:2].T, (s**2 / (s**2).sum())[:2]
-    if actions is None:
-        ax.scatter(*xy.T, s=6, c="#999999", label="no labels on disk")
-    for i, (horizontal, color) in enumerate((("left", "#D55E00"), ("", "#999999"), ("right", "#0072B2"))):
-        for j, (vertical, marker) in enumerate((("down", "v"), ("", "o"), ("up", "^"))):
-            # Procgen's actions 0-8 are 3 * (x + 1) + (y + 1); 9-14 are buttons without a move
-            mine = np.zeros(len(xy), bool) if actions is None else np.where(actions < 9, actions, 4) == 3 * i + j
-            if mine.any():
-                name = f"{horizontal} {vertical}".strip() or "stay or a button"
-                ax.scatter(*xy[mine].T, s=10, c=color, marker=marker, alpha=0.6, linewidths=0, label=name)
-    ax.set(title="Continuous latents of test frames (before the VQ), by true action", xlabel=f"1st principal component ({share[0]:.0%} of variance)")
-    ax.set_ylabel(f"2nd principal component ({share[1]:.0%})")
-    lo, hi = np.percentile(xy, [0.5, 99.5], axis=0)
-    ax.set(xlim=(lo[0], hi[0]), ylim=(lo[1], hi[1]))
-    ax.legend(fontsize=8, markerscale=1.2, ncol=5, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+def plot_curve(ax, curve, key, baseline, names, **labels):
+    """A metric against updates, and what it must beat, dashed."""
+    ax.plot([c["update"] for c in curve], [c[key] for c in curve], "o-", color=BLUE, label=names[0])
+    ax.axhline(baseline, color=DARK, ls="--", label=names[1])
+    ax.set(xlabel="updates", **labels)
+    ax.legend(fontsize=9)
+
+
+def plot_bars(ax, decode):
+    """Returns with 512 labels, or with every number of labels where 512 is none, beside the two ends."""
+    curve = sorted(decode["curve"], key=lambda row: (row["n_labels"], row["method"]))
+    curve = [row for row in curve if row["n_labels"] == 512] or curve
+    rows = [decode["random"], *curve, decode["demonstrator"]]
+    names, colors = zip(*((METHODS | ENDS)[row["method"]] for row in rows))
+    counts = [f"\n{row['n_labels']:,} labels" if row in curve else "" for row in rows]
+    shares = [f"\n{row['relative_to_demonstrator']:.0%}" for row in rows]
+    names = [name + count + share for name, count, share in zip(names, counts, shares)]
+    means, stderrs = ([row[key] for row in rows] for key in ("return_mean", "return_stderr"))
+    ax.bar(range(len(rows)), means, yerr=stderrs, capsize=4, color=colors)
+    ax.set_xticks(range(len(rows)), names, fontsize=9, rotation=90 * (len(rows) > 4))
+    ax.set(title="3. Playing", ylabel="episodic return (mean, standard error)")
+    ax.set_xlabel("percent: share of the demonstrator's return above random")
+
+
+def plot_returns(ax, decode):
+    """Returns against the number of labels."""
+    for method, (name, color) in METHODS.items():
+        rows = [row for row in decode["curve"] if row["method"] == method]
+        n, mean, stderr = ([row[key] for row in rows] for key in ("n_labels", "return_mean", "return_stderr"))
+        ax.errorbar(n, mean, stderr, fmt="o-", capsize=3, color=color, label=name.replace("\n", " "))
+    for method, (name, color) in ENDS.items():
+        ax.axhline(decode[method]["return_mean"], color=color, ls="--", label=name)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(n, [f"{count:,}" for count in n])
+    ax.set(
+        title=f"Return against label counts (mean of {decode['num_draws']} draws)", xlabel="labelled frames"
+    )
+    ax.set_ylabel("episodic return (mean, standard error over draws)")
+    ax.margins(y=0.25)
+    ax.legend(fontsize=9, ncol=2, loc="upper center")
+
+
+@torch.no_grad()
+def plot_predictions(ax, networks, frames, t):
+    """Predictions of 12 windows of t (n,) in which much changes, spread over the upper quarter."""
+    change = [np.abs(frames[i + 1].astype(int) - frames[i]).mean() for i in t]
+    t = t[np.argsort(change, kind="stable")[::-1]][:: max(1, len(t) // 48)][:12]
+    windows = get_windows(frames, t, "cpu")
+    prediction, true = predict(*networks, windows)[0], windows[:, 6:]
+    rows = torch.stack([windows[:, 3:6], true, prediction, (prediction - true).abs() * 2 - 0.5])
+    tiles = np.pad(to_pixels(rows), [(0, 0), (0, 0), (1, 1), (1, 1), (0, 0)], constant_values=255)
+    ax.imshow(tiles.transpose(0, 2, 1, 3, 4).reshape(4 * 66, -1, 3))
+    ax.set_title("What the forward dynamics model makes of two frames and a latent, where much changes")
+    names = ["$o_t$", "$o_{t+1}$, true", r"$\hat{o}_{t+1}$, predicted", "|error| × 2\n(black: none)"]
+    ax.set_yticks(np.arange(4) * 66 + 33, names)
+    ax.set_xticks([])
+    ax.spines[:].set_visible(False)
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     runs = Path(args.runs_dir or f"runs/quickstart/{args.env_id}__{args.seed}")
-    data_dir = Path(args.data_dir or runs / "data")
-    folders = {stage: runs / f"{args.env_id}__{stage}__{args.seed}" for stage in STAGES}
-    for stage, folder in folders.items():
+    args.data_dir = args.data_dir or f"{runs}/data"
+    found = {}
+    for stage in STAGES:
+        folder = runs / f"{args.env_id}__{stage}__{args.seed}"
         if not (folder / "results.json").exists():
-            command = f"python {stage}.py --env-id {args.env_id} --seed {args.seed} --runs-dir {runs} --data-dir {data_dir}"
-            sys.exit(f"error: {folder} holds no finished run: make it with `{command}`")
-    collect, pretrain, bc, decode = (json.loads((folder / "results.json").read_text()) for folder in folders.values())
-    rows = decode["rows"]
+            command = f"python {stage}.py --env-id {args.env_id} --seed {args.seed} --runs-dir {runs}"
+            sys.exit(f"error: {folder} holds no finished run: `{command} --data-dir {args.data_dir}`")
+        found[stage] = json.loads((folder / "results.json").read_text())
+    _, pretrain, bc, decode = found.values()
+    data, frames, windows = load_dataset(args)
+    path = runs / f"{args.env_id}__lapo_pretrain__{args.seed}" / "checkpoint.pt"
+    pretrained = load_checkpoint(path, "lapo_pretrain", ["idm", "vq", "fdm"], args)
+    networks = build_networks(pretrained["args"], "cpu", pretrained)
+    t = np.sort(np.random.default_rng(0).permutation(windows["test"])[:2048])
+    labels = load_labels(args, {"test": t}).get("test")
 
     fig = plt.figure(figsize=(17, 14), layout="constrained")
-    levels = f"{decode['num_levels']} levels" if decode["num_levels"] else "all levels"
-    fig.suptitle(f"LAPO on {args.env_id} ({levels}, seed {args.seed}): from videos without actions to a policy that plays", fontsize=15)
-    grid = fig.add_gridspec(3, 6, height_ratios=[1, 1, 1.15])
+    levels = f"{data['num_levels']} levels" if data["num_levels"] else "all levels"
+    fig.suptitle(f"LAPO on {args.env_id} ({levels}, seed {args.seed}): from videos to a policy", fontsize=15)
+    grid = fig.add_gridspec(3, 3, height_ratios=[1, 1.05, 1.1])
+    names = "forward dynamics model, test frames", "copying the last frame"
+    pixels = {"title": "1. Pretraining: predicting the next frame", "yscale": "log"}
+    pixels["ylabel"] = "mean squared error, pixels in 0 … 1"
+    copy_loss = pretrain["test/copy_last_frame_loss"]
+    plot_curve(fig.add_subplot(grid[0, 0]), pretrain["curve"], "test/fdm_loss", copy_loss, names, **pixels)
+    if labels is not None:
+        accuracy = {"title": "Reading the true action from the latent", "ylabel": "balanced accuracy"}
+        chance, names = 1 / len(np.unique(labels)), ("linear probe, test frames", "chance")
+        key, ax = "probe/balanced_accuracy", fig.add_subplot(grid[0, 1])
+        plot_curve(ax, pretrain["curve"], key, chance, names, ylim=(0, None), **accuracy)
+    names = "latent policy, test frames", "predicting the mean latent"
+    cloning = {"title": "2. Cloning the latent policy", "ylabel": "mean squared error per dimension"}
+    ax = fig.add_subplot(grid[0, 2])
+    plot_curve(ax, bc["curve"], "test/latent_mse", bc["mean_latent_mse"], names, ylim=(0, None), **cloning)
+    plot_bars(fig.add_subplot(grid[1, 0]), decode)
+    plot_returns(fig.add_subplot(grid[1, 1]), decode)
+    ax = fig.add_subplot(grid[1, 2])
+    plot_by_move(ax, encode(*networks[:2], frames["test"], t, "cpu")[1], labels)
+    ax.set_title("Latents of test frames, by true action")
+    plot_predictions(fig.add_subplot(grid[2, :]), networks, frames["test"], t)
+    fig.savefig(runs / "report.png", dpi=80, bbox_inches="tight")
 
-    ax = fig.add_subplot(grid[0, :2])
-    updates = [c["update"] for c in pretrain["curve"]]
-    ax.plot(updates, [c["test/fdm_loss"] for c in pretrain["curve"]], "o-", color="#0072B2", label="forward dynamics model, test frames")
-    ax.axhline(pretrain["test/copy_last_frame_loss"], color="#333333", ls="--", label="copying the last frame")
-    ax.set(title="1. Pretraining: predicting the next frame", xlabel="updates", yscale="log")
-    ax.set_ylabel("mean squared error per pixel and channel (black 0, white 1)")
-    ax.legend(fontsize=9)
-
-    ax = fig.add_subplot(grid[0, 2:4])
-    if "probe/balanced_accuracy" in pretrain:
-        ax.plot(updates, [c["probe/balanced_accuracy"] for c in pretrain["curve"]], "o-", color="#009E73", label="linear probe on the latent")
-        ax.axhline(pretrain["probe/chance"], color="#333333", ls="--", label="chance")
-    if pretrain["latent_space"]:  # at the end, by another probe
-        for of, look, name in (("trained", "s", "same, logistic regression"), ("untrained_idm", "D", "the same of the untrained IDM")):
-            ax.plot(updates[-1], pretrain["latent_space"][of]["linear_probe"], look, color="#009E73", mfc="none", ms=9, label=name)
-    ax.set(title="Reading the true action (15) from the latent", xlabel="updates", ylabel="balanced accuracy", ylim=(0, None))
-    ax.legend(fontsize=9)
-
-    ax = fig.add_subplot(grid[0, 4:])
-    updates, mse = [c["update"] for c in bc["curve"]], [c["test/latent_mse"] for c in bc["curve"]]
-    ax.plot(updates, mse, "o-", color="#0072B2", label="latent policy, test frames")
-    ax.axhline(bc["test/mean_latent_mse"], color="#333333", ls="--", label="predicting the mean latent")
-    ax.set(title="2. Cloning the latent policy", xlabel="updates", ylabel="mean squared error per dimension", ylim=(0, None))
-    ax.legend(fontsize=9)
-
-    ax = fig.add_subplot(grid[1, :2])
-    bars = ax.bar([NAMES[r["method"]] for r in rows], [r["return_mean"] for r in rows], yerr=[r["return_stderr"] for r in rows], capsize=4)
-    for bar, r in zip(bars, rows):
-        bar.set_color(COLORS[r["method"]])
-        place = (bar.get_x() + bar.get_width() / 2, 0.05)
-        ax.annotate(f"{r['relative_to_demonstrator']:.0%}", place, ha="center", va="bottom", color="white", fontsize=12)
-    ax.set(title=f"3. Playing, with {decode['n_labels']} labels", ylabel="episodic return (mean, standard error)")
-    ax.set_xlabel("in white: share of the demonstrator's return above random")
-    ax.tick_params(axis="x", labelsize=9)
-
-    ax = fig.add_subplot(grid[1, 2:4])
-    for method in ("lapo_decoder", "bc_from_scratch"):
-        points = [c for c in decode["curve"] if c["method"] == method]
-        n, mean, stderr = (np.array([c[k] for c in points]) for k in ("n_labels", "return_mean", "return_stderr"))
-        ax.errorbar(n, mean, stderr, fmt="o-", capsize=3, color=COLORS[method], label=NAMES[method])
-    for r, style in ((rows[0], ":"), (rows[-1], "--")):
-        ax.axhline(r["return_mean"], color=COLORS[r["method"]], ls=style, label=NAMES[r["method"]])
-    ax.set_xscale("log", base=2)
-    ax.set_xticks([c["n_labels"] for c in points], [f"{c['n_labels']:,}" for c in points])
-    ax.set(
-        title=f"Return against label counts (mean of {decode['num_draws']} draws)",
-        xlabel="action-labelled frames",
-        ylabel="episodic return (mean, standard error over draws)",
-    )
-    ax.set_ylim(0, 1.35 * rows[-1]["return_mean"])
-    ax.legend(fontsize=9, ncol=2, loc="upper center")
-
-    t = np.load(folders["lapo_pretrain"] / "test_windows.npy")
-    actions_path = data_dir / "test" / "actions.npy"
-    actions = np.load(actions_path, mmap_mode="r")[t] if actions_path.exists() else None
-    plot_latents(fig.add_subplot(grid[1, 4:]), np.load(folders["lapo_pretrain"] / "test_latents.npy"), actions)
-
-    ax = fig.add_subplot(grid[2, :])
-    strip = plt.imread(folders["lapo_pretrain"] / "predictions.png")
-    ax.imshow(strip)
-    ax.set(title="What the forward dynamics model makes of two frames and a latent action: 12 test windows in which much changes", xticks=[])
-    ax.set_yticks(np.arange(4) * 66 + 33, ["$o_t$", "$o_{t+1}$, true", r"$\hat{o}_{t+1}$, predicted", "|error| × 2\n(black: none)"])
-    for spine in ax.spines.values():
-        spine.set_visible(False)
-    fig.savefig(runs / "report.png", dpi=80)
-
-    seconds = {stage: found["wall_seconds"] for stage, found in zip(STAGES, (collect, pretrain, bc, decode))}
-    results = {
-        "env_id": args.env_id, "seed": args.seed, "n_labels": decode["n_labels"], "wall_seconds": sum(seconds.values()),
-        "stage_seconds": seconds, "bf16": pretrain["args"]["bf16"], "rows": rows, "curve": decode["curve"],
-        "torch": decode["versions"]["torch"], "device": decode["device"],
-    }  # fmt: skip
+    seconds = {stage: results["wall_seconds"] for stage, results in found.items()}
+    results = {"env_id": args.env_id, "seed": args.seed, "bf16": pretrain["args"]["bf16"]}
+    results |= {key: decode[key] for key in ("device", "torch", "commit", "curve", "random", "demonstrator")}
+    results |= {"wall_seconds": round(sum(seconds.values()), 1), "stage_seconds": seconds}
+    results["pretrain"] = {key: pretrain[key] for key in pretrain if key.startswith(("test/", "probe/"))}
     (runs / "results.json").write_text(json.dumps(results, indent=2))
     print(f"wrote {runs}/report.png and {runs}/results.json")

@@ -1,15 +1,16 @@
-"""Every run's results.json into CSV files that the figures and tables are made of. Rows of runs that are no longer on disk stay.
+"""Every run's results.json into the CSV files of figures and tables; rows of runs that are gone stay.
 
-Start it where the runs were started: their arguments may name the dataset relative to that folder.
+    python benchmark/collect_results.py --runs-dir runs/small      # from where the runs were started
+    python benchmark/collect_results.py --quickstart runs/quickstart/coinrun__1/results.json bf16
 
-    python benchmark/collect_results.py --runs-dir runs/small
-
-runs.csv           one row a result: env_id, method, seed, n_labels, frames, return_mean, return_stderr, episodes, relative_return, ...;
-                   `returns` holds every episode's return, draws of the labels separated by |
+runs.csv           a row a result: env_id, method, seed, n_labels, frames, return_mean, ...; `returns` holds
+                   every episode's return, draws of the labels separated by |
 curves.csv         mean return of the last 100 training episodes against frames, of every online run
-latent_space.csv   what latents tell of the true actions, beside the controls, of every pretraining run; and the shares of their variance
-                   that lie between episodes and between actions, in the row shuffled_actions with either shuffled
-latents_2d.csv     two principal components of some test latents and their true actions, of the first seed of every game
+latent_space.csv   what latents tell of the true actions, beside the controls, as lapo_inspect.py found; and
+                   the shares of their variance between episodes and between actions (either shuffled in the
+                   row shuffled_actions)
+latents_2d.csv     two principal components of some test latents and their true actions, a game's first seed
+quickstart.json    with --quickstart: results of report.py, each with its "kind" of CPU
 """
 
 import csv
@@ -17,28 +18,39 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import torch
 import tyro
 from sklearn.decomposition import PCA
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import lapo_inspect as inspect  # noqa: E402
+
 KEYS = {  # file -> what names a row; the rest are values
     "runs.csv": ["scale", "env_id", "method", "seed", "n_labels"],
     "curves.csv": ["scale", "env_id", "method", "seed", "frames"],
     "latent_space.csv": ["scale", "env_id", "run", "seed", "of"],
     "latents_2d.csv": ["scale", "env_id", "row"],
 }
+SCORES = ["return_mean", "return_stderr", "relative_return", "relative_to_demonstrator"]
+PROBES = ["linear_probe", "mlp_probe", "nmi", "nmi_best_slot", "cluster_purity"]
+VARIANCES = ["variance_between_episodes", "variance_between_actions"]
+ORIGIN = ["device", "device_name", "threads", "commit", "wall_seconds"]  # device_name: of old rows
 VALUES = {
-    "runs.csv": (
-        "num_levels frames return_mean return_stderr episodes relative_return relative_to_demonstrator device device_name threads commit "
-        "wall_seconds returns"
-    ).split(),
+    "runs.csv": ["num_levels", "frames", *SCORES[:2], "episodes", *SCORES[2:], *ORIGIN, "returns"],
     "curves.csv": ["return"],
-    "latent_space.csv": (
-        "linear_probe mlp_probe nmi nmi_best_slot cluster_purity chance windows codes_used idm_active_share "
-        "variance_between_episodes variance_between_actions commit"
-    ).split(),
+    "latent_space.csv": [
+        *PROBES,
+        "chance",
+        "windows",
+        "codes_used",
+        "idm_active_share",
+        *VARIANCES,
+        "commit",
+    ],
     "latents_2d.csv": ["x", "y", "action", "explained"],
 }
 
@@ -49,6 +61,8 @@ class Args:
     """where the runs of an experiment lie; the folder's name is their scale"""
     out: str = str(ROOT / "benchmark" / "results")
     """where the CSV files go"""
+    quickstart: tuple[tuple[str, str], ...] = ()
+    """only add to quickstart.json: a results.json of report.py and its kind of CPU, and so on"""
 
 
 def joined(returns):
@@ -60,68 +74,77 @@ def joined(returns):
 
 def rows_of(run, results, scale):
     """{file: rows} of one run's results.json."""
-    scale_and_game = {"scale": scale, "env_id": results["env_id"]}
-    name = run.name.split("__")[1]
-    common = {**scale_and_game, "seed": results["seed"], **{k: results.get(k) for k in ("num_levels", "device", "device_name", "threads", "commit")}}
-    common["wall_seconds"] = results["wall_seconds"]
+    name, stage = run.name.split("__")[1], results["stage"]
+    common = {"scale": scale, "env_id": results["env_id"], "seed": results["args"]["seed"]}
+    origin = {key: results.get(key) for key in ORIGIN}
+    origin["num_levels"] = results.get("data", results).get("num_levels")
     rows = {file: [] for file in KEYS}
-    if results["stage"] == "collect_expert_data":
-        rows["runs.csv"].append({**common, **results, "method": "demonstrator", "relative_to_demonstrator": 1.0})
-    elif results["stage"] == "lapo_decode":
-        for row in [results["rows"][0], *results["curve"]]:  # random, then each method at each label count
-            method = row["method"] if name == "lapo_decode" or row["method"] != "lapo_decoder" else name
-            if name == "lapo_decode" or row["method"] == "lapo_decoder":
-                rows["runs.csv"].append({**common, **row, "method": method})
-    elif results["stage"] == "lapo_finetune_ppo":
-        rows["runs.csv"].append({**common, **results, "method": name})
+    if stage == "collect_expert_data":
+        rows["runs.csv"].append({**results, "method": "demonstrator", "relative_to_demonstrator": 1.0})
+    elif stage == "lapo_decode" and name == stage:
+        rows["runs.csv"] = [results["random"], *results["curve"]]
+    elif stage == "lapo_decode":  # with other flags
+        mine = (row for row in results["curve"] if row["method"] == "lapo_decoder")
+        rows["runs.csv"] = [row | {"method": name} for row in mine]
+    elif (
+        stage in ("lapo_finetune_ppo", "ppo_procgen") and name != "ppo_procgen"
+    ):  # no demonstrator's training
+        rows["runs.csv"].append({**results, "method": name})
         every = max(1, results["frames"] // 60)  # about 60 points, at the same frames in every seed
         for (before, _), (frames, value) in zip([(0, None), *results["curve"]], results["curve"]):
             if before // every < frames // every:
-                rows["curves.csv"].append({**scale_and_game, "method": name, "seed": results["seed"], "frames": frames, "return": round(value, 3)})
-    elif results["stage"] == "lapo_pretrain" and results["latent_space"]:
-        space = results["latent_space"]
+                row = {"method": name, "frames": frames, "return": round(value, 3)}
+                rows["curves.csv"].append(common | row)
+    elif stage == "lapo_inspect" and results["latent_space"]:
+        space, pretrained = results["latent_space"], run.with_name(run.name.replace("inspect", "pretrain", 1))
+        active = json.loads((pretrained / "results.json").read_text())["test/idm_active_share"]
         used = " ".join(map(str, results["codes_used"] or []))
-        z, actions, episodes = test_latents(run, results)
-        shuffle = np.random.default_rng(0).permutation(len(z))
-        for of, order in (("trained", slice(None)), ("shuffled_actions", shuffle), ("untrained_idm", None)):
-            more = {"of": of, "run": name}
-            if order is not None and actions is not None:
-                more |= {"variance_between_episodes": round(variance_between(z, episodes[order]), 4)}
-                more |= {"variance_between_actions": round(variance_between(z, actions[order]), 4)}
+        z, actions, episodes = test_latents(results, pretrained / "checkpoint.pt")
+        shuffled = np.random.default_rng(0).permutation(len(z))
+        for of, order in (("trained", slice(None)), ("shuffled_actions", shuffled), ("untrained_idm", None)):
+            row = {"run": pretrained.name.split("__")[1], "of": of, "commit": results["commit"]}
+            if order is not None:
+                shares = (round(variance_between(z, groups[order]), 4) for groups in (episodes, actions))
+                row |= dict(zip(VARIANCES, shares))
             if of == "trained":
-                more |= {"codes_used": used, "idm_active_share": results.get("test/idm_active_share")}
-            rows["latent_space.csv"].append({**common, **{k: space[k] for k in ("chance", "windows")}, **space[of], **more})
-        if name == "lapo_pretrain" and actions is not None:
-            rows["latents_2d.csv"] = latents_2d(z, actions, scale_and_game)
+                row |= {"codes_used": used, "idm_active_share": active}
+            more = {key: space[key] for key in ("chance", "windows")}
+            rows["latent_space.csv"].append({**common, **more, **space[of], **row})
+        if name == "lapo_inspect":
+            rows["latents_2d.csv"] = [common | point for point in latents_2d(z, actions)]
+    of_run = common | origin
+    rows["runs.csv"] = [of_run | row | {"returns": joined(row["returns"])} for row in rows["runs.csv"]]
     for row in rows["runs.csv"]:
-        row["returns"] = joined(row["returns"])
-        row |= {k: f"{row[k]:.4f}" for k in ("return_mean", "return_stderr", "relative_return", "relative_to_demonstrator") if row.get(k) is not None}
+        row |= {key: f"{row[key]:.4f}" for key in SCORES if row.get(key) is not None}
     return rows
 
 
-def test_latents(run, results):
-    """A pretraining run's test latents (n, latent_dim), their true actions (n,) and their episodes (n,); None for both without the dataset."""
-    z, t = np.load(run / "test_latents.npy"), np.load(run / "test_windows.npy")
-    folder = Path(results["args"]["data_dir"] or f"data/{results['env_id']}") / "test"
-    if not (folder / "actions.npy").exists():
-        print(f"{folder}/actions.npy is missing: no variances of {run.name}, and the old points of {results['env_id']} in latents_2d.csv")
-        return z, None, None
-    return z, np.load(folder / "actions.npy", mmap_mode="r")[t], np.cumsum(np.load(folder / "first.npy"))[t]
+def test_latents(results, checkpoint):
+    """Latents (n, latent_dim) of test windows, their true actions (n,) and their episodes (n,)."""
+    pretrained, args = torch.load(checkpoint, weights_only=True), SimpleNamespace(**results["args"])
+    _, frames, windows = inspect.load_dataset(args)
+    t = windows["test"][np.linspace(0, len(windows["test"]) - 1, results["windows"]).astype(int)]
+    networks = inspect.build_networks(pretrained["args"], torch.device("cpu"), pretrained)
+    z = inspect.encode(*networks[:2], frames["test"], t, torch.device("cpu"))[0]
+    folder = Path(args.data_dir or f"data/{args.env_id}") / "test"
+    return np.asarray(z), np.load(folder / "actions.npy")[t], np.cumsum(np.load(folder / "first.npy"))[t]
 
 
 def variance_between(z, groups):
-    """The share of the variance of latents z (n, latent_dim) that lies between groups (n,): 1 if the group tells the latent; above 0 by chance."""
-    between = sum((groups == g).sum() * np.square(z[groups == g].mean(0) - z.mean(0)).sum() for g in np.unique(groups))
-    return float(between / np.square(z - z.mean(0)).sum())
+    """The share of z's variance (n, latent_dim) that lies between groups (n,): 1 if they tell z."""
+    mean, groups = z.mean(0), [z[groups == g] for g in np.unique(groups)]
+    between = sum(len(group) * np.square(group.mean(0) - mean).sum() for group in groups)
+    return float(between / np.square(z - mean).sum())
 
 
-def latents_2d(z, actions, scale_and_game, count=600):
+def latents_2d(z, actions, count=600):
     """Two principal components of `count` test latents with their true actions."""
     pca = PCA(2, random_state=0).fit(z)
     explained = " ".join(f"{share:.3f}" for share in pca.explained_variance_ratio_)
-    some = np.linspace(0, len(z) - 1, min(count, len(z))).astype(int)  # windows are in the order of time, stream after stream
+    some = np.linspace(0, len(z) - 1, min(count, len(z))).astype(int)  # windows are in the order of time
     points = zip(pca.transform(z[some]).round(3).tolist(), actions[some].tolist())
-    return [{**scale_and_game, "row": i, "x": x, "y": y, "action": a, "explained": explained} for i, ((x, y), a) in enumerate(points)]
+    names = "row", "x", "y", "action", "explained"
+    return [dict(zip(names, (i, x, y, a, explained))) for i, ((x, y), a) in enumerate(points)]
 
 
 def merge(path, keys, values, new):
@@ -133,29 +156,58 @@ def merge(path, keys, values, new):
         return tuple(row[k] for k in keys if k in ("scale", "env_id", "method", "run", "seed"))
 
     replaced = set(map(run, new))
-    rows = {tuple(row.get(k, "") for k in keys): row for row in [*(row for row in old if run(row) not in replaced), *new]}
-    order = sorted(rows, key=lambda key: [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in key])
+    rows = {tuple(row[k] for k in keys): row for row in [*(r for r in old if run(r) not in replaced), *new]}
+
+    def order(key):  # numbers as numbers
+        return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in key]
+
     with path.open("w", newline="") as f:
         writer = csv.DictWriter(f, [*keys, *values], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows[key] for key in order)
+        writer.writerows(rows[key] for key in sorted(rows, key=order))
     return len(rows)
+
+
+def add_quickstarts(runs, path):
+    """Adds runs, (report.py's results.json, kind of CPU), to quickstart.json; prints all of it as a table."""
+
+    def without_returns(values):
+        return {key: value for key, value in values.items() if key != "returns"}
+
+    rows = json.loads(path.read_text()) if path.exists() else []
+    for results, kind in runs:
+        row = {"kind": kind, **json.loads(Path(results).read_text(), object_hook=without_returns)}
+        rows.append(row)
+    rows = {(row["kind"], row["env_id"], row["seed"]): row for row in rows}  # the last of equal ones
+    path.write_text(json.dumps([rows[key] for key in sorted(rows)], indent=1))
+    for i, (key, row) in enumerate(sorted(rows.items())):
+        seconds = row["stage_seconds"] | {"all": sum(row["stage_seconds"].values())}
+        scores = {f"{r['method']}, {r['n_labels']}": r["relative_to_demonstrator"] for r in row["curve"]}
+        if i == 0:
+            head = ["CPU", "game", "seed", *(f"{stage} (min)" for stage in seconds), *scores]
+            print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
+        minutes, shares = (f"{s / 60:.1f}" for s in seconds.values()), (f"{s:.2f}" for s in scores.values())
+        print("| " + " | ".join([*map(str, key), *minutes, *shares]) + " |")
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if args.quickstart:
+        add_quickstarts(args.quickstart, out / "quickstart.json")
+        sys.exit()
     runs = sorted(path.parent for path in Path(args.runs_dir).glob("*__*__*/results.json"))
     if not runs:
-        sys.exit(f"error: --runs-dir {args.runs_dir} holds no finished run: make some with benchmark/experiments.sh")
+        sys.exit(f"error: --runs-dir {args.runs_dir} holds no finished run: make some with experiments.sh")
     new, first_seed = {file: [] for file in KEYS}, {}
     for run in runs:
         results = json.loads((run / "results.json").read_text())
         rows = rows_of(run, results, Path(args.runs_dir).name)
-        if first_seed.setdefault(results["env_id"], results["seed"]) != results["seed"]:
+        if first_seed.setdefault(results["env_id"], results["args"]["seed"]) != results["args"]["seed"]:
             rows["latents_2d.csv"] = []
         for file in KEYS:
             new[file] += rows[file]
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     for file, rows in new.items():
-        total = merge(Path(args.out) / file, KEYS[file], VALUES[file], rows)
-        print(f"{args.out}/{file}: {total} rows, {len(rows)} of them from {args.runs_dir}")
+        total = merge(out / file, KEYS[file], VALUES[file], rows)
+        print(f"{out / file}: {total} rows, {len(rows)} of them from {args.runs_dir}")

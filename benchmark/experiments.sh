@@ -6,7 +6,7 @@
 #     SCALE        small (two CPU cores, about an hour a seed) or paper (a GPU; the scripts' defaults)
 #     EXPERIMENT   online    RL+SL, RL without the decoder, without VQ as well, PPO from scratch (paper section 6.3)
 #                  offline   16 ... 8192 labels: LAPO + decoder beside cloning from scratch on the same labels (section 6.4)
-#                  improved  ours: offline decoding that does not stall (README, "Beyond the paper")
+#                  improved  ours: offline decoding that does not stall (docs/results.md)
 #                  all       online and offline
 #
 #     benchmark/experiments.sh small all coinrun 1 2 3
@@ -26,20 +26,26 @@ OUT=runs/$SCALE
 DATA=$OUT/data/$ENV_ID
 if [ -n "${THREADS:-}" ]; then export OMP_NUM_THREADS=$THREADS; fi
 
+# PPO from scratch is LAPO's PPO with a fresh network of the policy's size, at a constant rate
+PPO=(--num-steps 64 --ent-coef 0.0025 --learning-rate 5e-4 --no-anneal-lr)
 case $SCALE in
-small) # the quickstart's networks and data (README, "What the quickstart changes"), a twenty-fifth of the paper's frames online
+small) # the quickstart's data, smaller networks (docs/results.md), a twenty-fifth of the paper's frames online
     COLLECT=(--expert-checkpoint "experts/$ENV_ID.pt" --num-train-frames 65536 --num-test-frames 8192 --eval-episodes 200)
-    PRETRAIN=(--num-updates 2000 --batch-size 32 --learning-rate 1e-3 --warmup-updates 500 --idm-scale 1 --fdm-width 8 --vq-dim 4 --predict-change --eval-every 500)
+    PRETRAIN=(--num-updates 2000 --batch-size 32 --learning-rate 1e-3 --warmup-updates 500 --idm-scale 1 --fdm-width 8
+        --vq-dim 4 --predict-change --eval-every 500)
     BC=(--num-updates 4000 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 --policy-scale 0.5 --eval-every 1000)
     # the paper's warm-ups divided by five: they would take most of this run, a twenty-fifth of them less than a rollout
-    FINETUNE=(--total-timesteps 163840 --action-head-warmup 7000 10000 --value-head-warmup 5000 10000 --linear-warmup 10000 40000)
-    DECODE=(--num-labels 16 32 64 128 256 512 1024 2048 4096 8192 --table-labels 256 --num-draws 3 --eval-episodes 60
-        --decoder-updates 200 --bc-updates 200 --bc-epochs 10 --bc-batch-size 64)
-    MANY=(--num-labels 1024 2048 4096 8192 --table-labels 1024 --num-draws 3 --eval-episodes 60)
+    FINETUNE=(--total-timesteps 163840 --action-head-warmup 7000 10000 --value-head-warmup 5000 10000
+        --linear-warmup 10000 40000)
+    PPO+=(--total-timesteps 163840 --scale 0.5 --num-levels 16) # the levels of experts/
+    DECODE=(--num-labels 16 32 64 128 256 512 1024 2048 4096 8192 --num-draws 3 --eval-episodes 60
+        --decoder-updates 200 --cloning-updates 200 --cloning-epochs 10 --policy-batch-size 64)
+    MANY=(--num-labels 1024 2048 4096 8192 --num-draws 3 --eval-episodes 60)
     TUNE=(--finetune all --finetune-epochs 10 --finetune-learning-rate 5e-4) # as cloning from scratch learns
     ;;
 paper)
-    COLLECT=() PRETRAIN=() BC=() FINETUNE=() DECODE=() MANY=(--num-labels 1024 2048 4096 8192 --table-labels 1024)
+    COLLECT=() PRETRAIN=() BC=() FINETUNE=() DECODE=() MANY=(--num-labels 1024 2048 4096 8192)
+    PPO+=(--total-timesteps 4000000 --scale 4)
     TUNE=(--finetune all --finetune-updates 1000 --finetune-learning-rate 5e-4)
     ;;
 *)
@@ -59,7 +65,7 @@ run() { # SCRIPT RUN_NAME SEED flags...: skips a finished run; AFTER names the r
     local script=$1 name=$2 seed=$3
     shift 3
     local results=$OUT/${ENV_ID}__${name}__$seed/results.json
-    local command="$script --env-id $ENV_ID --exp-name $name --seed $seed --runs-dir $OUT $*"
+    local command="$script --env-id $ENV_ID --exp-name $name --seed $seed --runs-dir $OUT${*:+ $*}"
     if [ -f "$results" ]; then
         if ! grep -qF "\"command\": \"python $command\"" "$results"; then
             echo "error: $results was made with other flags than today's, so that seeds would not compare: move its folder away" >&2
@@ -75,29 +81,34 @@ run() { # SCRIPT RUN_NAME SEED flags...: skips a finished run; AFTER names the r
     "$PYTHON" "$script" --env-id "$ENV_ID" --exp-name "$name" --seed "$seed" --runs-dir "$OUT" "$@"
 }
 
-run collect_expert_data.py collect_expert_data 1 --data-dir "$DATA" "${COLLECT[@]}" # one dataset for all seeds
+if [ "$SCALE" = paper ]; then run ppo_procgen.py ppo_procgen 1; fi # the demonstrator
+AFTER=ppo_procgen__1 run collect_expert_data.py collect_expert_data 1 --data-dir "$DATA" "${COLLECT[@]}" # one dataset for all seeds
 for seed in "$@"; do
     AFTER=collect_expert_data__1 run lapo_pretrain.py lapo_pretrain "$seed" --data-dir "$DATA" "${PRETRAIN[@]}"
+    AFTER=lapo_pretrain__$seed run lapo_inspect.py lapo_inspect "$seed" --data-dir "$DATA" --eval-windows 2048
     AFTER=lapo_pretrain__$seed run lapo_bc.py lapo_bc "$seed" --data-dir "$DATA" "${BC[@]}"
     AFTER=lapo_bc__$seed
     if [ "$EXPERIMENT" = online ] || [ "$EXPERIMENT" = all ]; then
         run lapo_finetune_ppo.py rl_sl "$seed" "${FINETUNE[@]}"
         run lapo_finetune_ppo.py rl_no_sl "$seed" --no-sl "${FINETUNE[@]}"
-        run lapo_finetune_ppo.py ppo_from_scratch "$seed" --from-scratch "${FINETUNE[@]}"
+        AFTER=collect_expert_data__1 run ppo_procgen.py ppo_from_scratch "$seed" "${PPO[@]}"
+        NO_VQ=$OUT/${ENV_ID}__lapo_pretrain_no_vq__$seed/checkpoint.pt
         AFTER=collect_expert_data__1 run lapo_pretrain.py lapo_pretrain_no_vq "$seed" --no-vq --data-dir "$DATA" "${PRETRAIN[@]}"
+        AFTER=lapo_pretrain_no_vq__$seed run lapo_inspect.py lapo_inspect_no_vq "$seed" --data-dir "$DATA" \
+            --pretrain-checkpoint "$NO_VQ" --eval-windows 2048
         AFTER=lapo_pretrain_no_vq__$seed run lapo_bc.py lapo_bc_no_vq "$seed" --data-dir "$DATA" \
-            --pretrain-checkpoint "$OUT/${ENV_ID}__lapo_pretrain_no_vq__$seed/checkpoint.pt" "${BC[@]}"
+            --pretrain-checkpoint "$NO_VQ" "${BC[@]}"
         AFTER=lapo_bc_no_vq__$seed run lapo_finetune_ppo.py no_vq "$seed" --no-sl \
             --bc-checkpoint "$OUT/${ENV_ID}__lapo_bc_no_vq__$seed/checkpoint.pt" "${FINETUNE[@]}"
     fi
     if [ "$EXPERIMENT" = offline ] || [ "$EXPERIMENT" = all ]; then
         run lapo_decode.py lapo_decode "$seed" --data-dir "$DATA" "${DECODE[@]}"
         # many labels are worth more updates of the decoder than lapo_decode.py's 200
-        run lapo_decode.py lapo_decode_800_updates "$seed" --data-dir "$DATA" "${MANY[@]}" --decoder-updates 800 --no-bc
+        run lapo_decode.py lapo_decode_800_updates "$seed" --data-dir "$DATA" "${MANY[@]}" --decoder-updates 800 --no-cloning
     fi
     if [ "$EXPERIMENT" = improved ]; then
-        run lapo_decode.py lapo_decode_features "$seed" --data-dir "$DATA" "${DECODE[@]}" --no-bc --decoder-features
-        run lapo_decode.py lapo_decode_features_finetuned "$seed" --data-dir "$DATA" "${DECODE[@]}" --no-bc --decoder-features "${TUNE[@]}"
-        run lapo_decode.py lapo_decode_pseudo_labels "$seed" --data-dir "$DATA" "${DECODE[@]}" --no-bc --pseudo-labels
+        IMPROVED=("${DECODE[@]}" --no-cloning --decoder-features)
+        run lapo_decode.py lapo_decode_features "$seed" --data-dir "$DATA" "${IMPROVED[@]}"
+        run lapo_decode.py lapo_decode_features_finetuned "$seed" --data-dir "$DATA" "${IMPROVED[@]}" "${TUNE[@]}"
     fi
 done

@@ -1,30 +1,24 @@
-"""Why does the paper's decoder stop improving with more labels? Every step from frame to action, scored on held-out frames.
+"""Why does the paper's decoder stop improving with more labels? Every step from frame to action, scored.
 
-    python benchmark/why_it_stalls.py --env-id coinrun --seeds 1 2 3      # after benchmark/experiments.sh small offline coinrun 1 2 3
+    benchmark/experiments.sh small offline coinrun 1 2 3                    # makes the runs
+    python benchmark/why_it_stalls.py --env-id coinrun --seeds 1 2 3
 
-The demonstrator acts at random, so what counts is the probability that a step gives the action it took: mean cross-entropy (nats)
-on test frames, which no label comes from. Twice: of the 15 actions, and of what they do, as some do the same (found by trying all of them
-from the same states). Against the number of labels:
+The demonstrator acts at random, so what counts is the probability that a step gives the action it took: mean
+cross-entropy (nats) on test frames, which no label comes from. Twice: of the 15 actions, and of what they do,
+as some do the same (found by trying all of them from the same states). Against the number of labels:
 
-    idm latent          decoder(IDM(o_{t-1}, o_t, o_{t+1})): sees what happened next. Its floor is what the latent does not tell.
-    policy latent       the paper's: the same decoder on pi(o_t), the mean of the latents that may follow o_t. The gap to the line above
-                        is what is lost by averaging before decoding, and by not knowing what happens next.
-    averaged after      the decoder labels 65,536 frames, a second one learns them from the policy's features (--pseudo-labels):
-                        decodes before averaging
-    two steps           the same, and the decoder sees z_t and z_{t+1} (--latent-steps 2)
-    policy features     a decoder of the policy's latent and features, on the labels alone (--decoder-features): does not need the latent
-                        to tell the action
-    latent and features the same with the IDM's latent beside them: what the latent tells beyond o_t. Cannot act, as it sees the future
-    labels spread       the paper's, on labels spread over the latents (--choose-labels spread)
-    fine-tuned          policy features, then the whole policy through that decoder on the labels (--finetune all), ten passes and at
-                        least 200 updates
-    from scratch        cloning, a policy of the same size on the labels alone, as long
+    idm latent           decoder(IDM(o_{t-1}, o_t, o_{t+1})), which sees what happened next
+    policy latent        the paper's: the same decoder on pi(o_t), the mean of latents that may follow o_t.
+                         The gap: averaging before decoding, and not knowing what happens next
+    policy features      a decoder of the policy's latent and features (--decoder-features)
+    latent and features  the same with the IDM's latent beside them: what that tells beyond o_t. Cannot act
+    fine-tuned           policy features, then all of the policy on the labels (--finetune all)
+    from scratch         cloning, a policy of the same size on the labels alone, as long
 
-Two lines do not depend on labels: the demonstrator's own entropy, below which nothing gets that sees only o_t; and what would be left of it
-for somebody who knew the game's state and saw o_{t+1} without loss, by the simulator.
-
-Decoders on labels have as many updates as cross-validation on them asks for, at most 800; those that learn 65,536 decoded frames, which
-do not run out, have 1,500. Writes benchmark/results/why-it-stalls-ENV_ID.{json,png}.
+Two lines do not depend on labels: the demonstrator's own entropy, below which nothing gets that sees only
+o_t; and what is left of it if one knows the game's state and sees o_{t+1} without loss, by the simulator.
+Decoders have as many updates as cross-validation on their labels asks for, at most 800.
+Writes benchmark/results/why-it-stalls-ENV_ID.{json,png}.
 """
 
 import copy
@@ -40,7 +34,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from sklearn.cluster import kmeans_plusplus
 from tqdm import tqdm
 
 matplotlib.use("Agg")
@@ -49,15 +42,17 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import lapo_decode as stage  # noqa: E402
-from collect_expert_data import Agent, get_env_state, set_env_state  # noqa: E402
+from ppo_procgen import Agent, get_env_state, set_env_state  # noqa: E402
 
 LOOKS = {
-    "frequencies of actions": ("#999999", ":", None), "idm latent": ("#009E73", "-", "s"), "policy latent": ("#0072B2", "-", "o"),
-    "labels spread": ("#D55E00", "--", "D"),
-    "averaged after": ("#56B4E9", "--", "v"), "two steps": ("#E69F00", "--", "P"), "policy features": ("#CC79A7", "-", "^"),
+    "frequencies of actions": ("#999999", ":", None),
+    "idm latent": ("#009E73", "-", "s"),
+    "policy latent": ("#0072B2", "-", "o"),
+    "policy features": ("#CC79A7", "-", "^"),
     "latent and features": ("#F0E442", "-", "p"),
-    "fine-tuned": ("#000000", "-", "*"), "from scratch": ("#999999", "-", "X"),
-}  # fmt: skip
+    "fine-tuned": ("#000000", "-", "*"),
+    "from scratch": ("#999999", "-", "X"),
+}
 
 
 @dataclass
@@ -80,46 +75,43 @@ class Args:
     """situations of its play in which all actions are tried"""
     out: str = str(ROOT / "benchmark" / "results")
     """where JSON and picture go"""
+    allow_unfinished: bool = False
+    """take checkpoints of unfinished runs, too"""
 
 
 @torch.no_grad()
-def encode(bc_path, data_dir, data_meta, split):
-    """(IDM latents z_t, z_t beside z_{t+1}, policy latents, those beside features, actions) of a split's windows; frames, t, policy."""
-    cloned = torch.load(bc_path, weights_only=True)
-    pretrain_args, args = cloned["meta"]["pretrain_args"], cloned["meta"]["args"]
-    latent_dim = stage.num_latents(pretrain_args)
-    idm = stage.IDM(pretrain_args["idm_scale"], latent_dim)
+def in_pieces(network, load, t, autocast):
+    """network(load(t)) for times t (n,), 512 at a time."""
+    with autocast:
+        return torch.cat([network(load(piece)) for piece in np.split(t, range(512, len(t), 512))])
+
+
+def encode(cloned, frames, t, autocast):
+    """At t (n,): standardised latents (n, latent_dim) of IDM and policy; the policy's outputs; the policy."""
+    latent_dim, pretrain_args = len(cloned["idm"]["head.bias"]), cloned["pretrain_args"]
+    idm = stage.IDM(pretrain_args["idm_scale"], latent_dim, pretrain_args["patch_size"])
     idm.load_state_dict(cloned["idm"])
-    policy = stage.LatentPolicy(args["policy_scale"], latent_dim)
+    policy = stage.LatentPolicy(cloned["args"]["policy_scale"], latent_dim, pretrain_args["patch_size"])
     policy.load_state_dict(cloned["policy"])
     idm, policy = (network.eval().to(memory_format=torch.channels_last) for network in (idm, policy))
-    frames, t = stage.load_frames(data_dir, split, data_meta)
-    chunks = np.array_split(t, -(-len(t) // 512))
-    with torch.autocast("cpu", torch.bfloat16):
-        z = torch.cat([idm(stage.get_windows(frames, c, "cpu")) for c in tqdm(chunks, desc=f"IDM, {split}", unit="batch", leave=False)])
-        seen = torch.cat(
-            [stage.policy_outputs(policy, torch.from_numpy(frames[c]), True) for c in tqdm(chunks, desc=f"policy, {split}", leave=False)]
-        )
-    mean, std = cloned["latent_mean"], cloned["latent_std"]
-    z, latent = (z - mean) / std, (seen[:, :latent_dim] - mean) / std
-    follows = torch.from_numpy(np.append(np.diff(t) == 1, False))  # is the next window that of t + 1?
-    z_next = torch.where(follows[:, None], z.roll(-1, 0), 0)
-    actions = torch.from_numpy(stage.load_actions(data_dir, split, data_meta)[t].astype(np.int64))
-    return (z, torch.cat([z, z_next], 1), latent, seen, actions), frames, t, policy
+    see = stage.DecodedPolicy(policy, torch.nn.Identity(), features=True)  # pi(o_t), and what it is made of
+    z = in_pieces(idm, partial(stage.get_windows, frames, device="cpu"), t, autocast)
+    seen = in_pieces(see, lambda t: torch.from_numpy(frames[t]), t, autocast)
+    z, latent = ((x - policy.mean) / policy.std for x in (z, seen[:, :latent_dim]))
+    return z, latent, seen, policy
 
 
 @torch.no_grad()
-def try_actions(env_id, expert_path, data_meta, num_states, held=4):
-    """From situations of the demonstrator's play, every action tried in the simulator, from the same saved state.
+def try_actions(env_id, expert_path, levels, num_states, held=4):
+    """In S situations of the demonstrator's play, all actions tried in the simulator, from the same state.
 
-    Returns the demonstrator's probabilities (S, 15); which actions lead to the same next frame (S, 15), named by the first of them; and
-    which do the same in every situation, also when held for `held` steps: groups (15,), named by the first.
+    Returns the demonstrator's probabilities (S, 15); which actions lead to the same next frame (S, 15), named
+    by the first of them; and which do the same everywhere, also when held for `held` steps: groups (15,).
     """
     expert = torch.load(expert_path, weights_only=True)
-    agent = Agent(expert["meta"]["args"]["scale"]).eval()
-    agent.load_state_dict(expert["model"])
-    levels = data_meta["num_levels"], data_meta["start_level"]
-    env, trial = stage.make_env(env_id, 16, *levels, 1), stage.make_env(env_id, 15, *levels, 1)
+    agent = Agent(expert["args"]["scale"], expert["args"]["patch_size"]).eval()
+    agent.load_state_dict(expert["agent"])
+    env, trial = (stage.make_env(env_id, n, levels["num_levels"], levels["start_level"], 1) for n in (16, 15))
     probabilities, same_frame, same = [], [], np.ones((15, 15), dtype=bool)
     progress = tqdm(total=num_states, desc="trying all actions", unit="state")
     for step in itertools.count():
@@ -141,152 +133,148 @@ def try_actions(env_id, expert_path, data_meta, num_states, held=4):
             break
         env.act(torch.multinomial(shares, 1).squeeze(-1).numpy().astype(np.int32))
     progress.close()
-    return torch.stack(probabilities), torch.from_numpy(np.array(same_frame)), torch.from_numpy(same.argmax(1))
+    same_frame = torch.from_numpy(np.array(same_frame))
+    return torch.stack(probabilities), same_frame, torch.from_numpy(same.argmax(1))
 
 
 def merged(probabilities, groups):
-    """Probabilities (n, 15) of actions -> those of groups (15,) of actions; a group stands where its first action did."""
+    """Probabilities (n, 15) of actions -> of their groups (15,), which stand where their first action did."""
     return torch.zeros_like(probabilities).index_add_(1, groups, probabilities)
 
 
 def entropies(probabilities, same_frame):
-    """The demonstrator's entropy, and the one left to somebody who also knows which actions the next frame allows; nats, means over states."""
+    """The demonstrator's entropy (nats), and what the knowledge of the next frame leaves of it."""
     log = probabilities.clamp_min(1e-12).log()
     allowed = torch.zeros_like(probabilities).scatter_add_(1, same_frame, probabilities).gather(1, same_frame)
-    return -(probabilities * log).sum(1).mean().item(), -(probabilities * (log - allowed.clamp_min(1e-12).log())).sum(1).mean().item()
-
-
-@torch.no_grad()
-def logits_of(decoder, x):
-    return decoder(x)
+    left = log - allowed.clamp_min(1e-12).log()
+    return tuple(-(probabilities * x).sum(1).mean().item() for x in (log, left))
 
 
 def cross_entropy(logits, actions, groups):
-    """Mean negative log-probability (nats) of the actions (n,) taken, and of what they do: of their groups (15,)."""
+    """Mean negative log-probability (nats) of actions (n,), and of what they do: of their groups (15,)."""
     p = logits.double().softmax(-1)
-    return [-share.gather(1, a[:, None]).log().mean().item() for share, a in ((p, actions), (merged(p, groups), groups[actions]))]
+    both = (p, actions), (merged(p, groups), groups[actions])
+    return [-share.gather(1, action[:, None]).log().mean().item() for share, action in both]
 
 
-def learned_from_frames(model, obs, actions, obs_test):
-    """Logits on held-out frames (n, 64, 64, 3) of a network trained on frames and actions: ten passes and at least 200 updates."""
-    autocast = torch.autocast("cpu", torch.bfloat16)
-    updates = max(200, -(-10 * len(obs) // 64))
-    model = stage.fit(model.to(memory_format=torch.channels_last), obs, actions, updates, 5e-4, 64, stage.Args(), autocast)
-    with torch.no_grad(), autocast:
-        return torch.cat([model(chunk).float() for chunk in obs_test.split(512)])
-
-
-def best_updates(build, x, actions, updates, *how):
-    """The number of updates, among `updates` and its quarters down to 1/64, after which build()'s decoders do best on labels they have not seen."""
+def best_updates(build, x, actions, updates, fit):
+    """After how many updates, of `updates` / 1, 4, 16, 64, build()'s decoders do best on labels not seen."""
     candidates = sorted({max(1, updates >> i) for i in (0, 2, 4, 6)})
     loss = dict.fromkeys(candidates, 0.0)
-    for held_out in torch.randperm(len(x), device=x.device).chunk(min(5, len(x))):
-        kept = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    for held_out in torch.randperm(len(x)).chunk(min(5, len(x))):
+        kept = torch.ones(len(x), dtype=torch.bool)
         kept[held_out] = False
         for candidate in candidates:
-            decoder = stage.fit(build(), x[kept], actions[kept], candidate, *how)
+            decoder = fit(build(), x[kept], actions[kept], candidate)
             with torch.no_grad():
-                loss[candidate] += F.cross_entropy(decoder(x[held_out]), actions[held_out], reduction="sum").item()
+                logits = decoder(x[held_out])
+            loss[candidate] += F.cross_entropy(logits, actions[held_out], reduction="sum").item()
     return min(candidates, key=loss.get)
 
 
-def learned(x, actions, how):
-    """A decoder fitted on inputs x (n, ...) and actions (n,), with cross-validated updates."""
-    build = partial(stage.Decoder, x.shape[1], (192, 128, 64))
-    return stage.fit(build(), x, actions, best_updates(build, x, actions, 800, *how), *how)
-
-
 def draw_report(report, path):
-    """The picture of a why-it-stalls-ENV_ID.json: cross-entropy of what the actions do, against the number of labels."""
-    x, each = report["num_labels"], {name: np.array(y).reshape(-1, len(report["num_labels"])) for name, y in report["each"]["effects"].items()}
-    fig, ax = plt.subplots(figsize=(7.6, 4.6))
+    """The picture of a report: cross-entropy of what actions do, against the number of labels."""
+    x, (fig, ax) = report["num_labels"], plt.subplots(figsize=(7.6, 4.6))
+    each = {name: np.array(y).reshape(-1, len(x)) for name, y in report["each"]["effects"].items()}
     for name, (color, line, marker) in LOOKS.items():
         ax.plot(x, each[name].mean(0), line, color=color, marker=marker, ms=5, label=name)
         ax.fill_between(x, each[name].min(0), each[name].max(0), color=color, alpha=0.12, lw=0)
-    for key, line, label in (("demonstrator_entropy", "--", "demonstrator's entropy"), ("entropy_given_next_frame", ":", "left by the next frame")):
-        ax.axhline(report[key]["effects"], color="black", ls=line, lw=1, label=label)
+    entropy, left = (report[key]["effects"] for key in ("demonstrator_entropy", "entropy_given_next_frame"))
+    ax.axhline(entropy, color="black", ls="--", lw=1, label="demonstrator's entropy")
+    ax.axhline(left, color="black", ls=":", lw=1, label="left by the next frame")
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:,.0f}")
     effects, draws = len(set(report["groups"])), np.shape(report["each"]["effects"]["idm latent"])[1]
-    title = f"{report['env_id']}, 15 actions with {effects} effects (seeds: {len(report['seeds'])}, draws: {draws})"
-    ax.set(xlabel="labelled frames", ylabel="cross-entropy of what the action does (nats)", title=title)
+    count = f"(seeds: {len(report['seeds'])}, draws: {draws})"
+    ax.set_title(f"{report['env_id']}, 15 actions with {effects} effects {count}")
+    ax.set(xlabel="labelled frames", ylabel="cross-entropy of what the action does (nats)")
     ax.set_ylim(0, 1.2 * each["frequencies of actions"].max())
     ax.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1, 0.5))
-    text = (
-        "Held-out frames; lower is better; bands: lowest to highest. Lines that leave the picture overfit. Look for the gap from green to dark blue."
-    )
+    text = "Held-out frames; lower is better; bands: lowest to highest. Lines that leave the picture overfit."
+    text += " Look for the gap from green to dark blue."
     fig.text(0.5, -0.02, text, ha="center", va="top", fontsize=8)
     fig.savefig(path, dpi=90, bbox_inches="tight")
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    data_dir = Path(args.data_dir or Path(args.runs_dir) / "data" / args.env_id)
-    data_meta = stage.load_meta(data_dir, args.env_id)
-    how = (1e-3, 512, stage.Args(), torch.autocast("cpu", enabled=False))
+    args.data_dir = args.data_dir or f"{args.runs_dir}/data/{args.env_id}"
+    data, frames, windows = stage.load_dataset(args)
+    actions = {}
+    for split, t in windows.items():
+        actions[split] = torch.from_numpy(np.load(f"{args.data_dir}/{split}/actions.npy")[t].astype(np.int64))
     expert_path = Path(args.expert_checkpoint or ROOT / "experts" / f"{args.env_id}.pt")
     if not expert_path.exists():
-        sys.exit(f"error: no demonstrator at {expert_path}: name the one that made the data with --expert-checkpoint")
-    probabilities, same_frame, groups = try_actions(args.env_id, expert_path, data_meta, args.num_states)
-    floors = [entropies(probabilities, same_frame), entropies(merged(probabilities, groups), groups[same_frame])]
+        sys.exit(f"error: no demonstrator at {expert_path}: name the data's with --expert-checkpoint")
+    probabilities, same_frame, groups = try_actions(args.env_id, expert_path, data, args.num_states)
+    groups_of = merged(probabilities, groups), groups[same_frame]
+    floors = {"actions": entropies(probabilities, same_frame), "effects": entropies(*groups_of)}
     losses = {name: np.zeros((2, len(args.seeds), args.num_draws, len(args.num_labels))) for name in LOOKS}
+    defaults = stage.Args()
+
+    def test_obs(t):
+        return torch.from_numpy(frames["test"][t])
+
+    def fit(decoder, x, actions, updates):
+        float32 = torch.autocast("cpu", enabled=False)
+        return stage.fit(decoder, x, actions, updates, 0, 1e-3, 512, defaults, float32)
+
+    def fit_well(x, actions):
+        build = partial(stage.Decoder, x.shape[1], defaults.decoder_hidden)
+        return fit(build(), x, actions, best_updates(build, x, actions, 800, fit))
 
     for i, seed in enumerate(args.seeds):
-        bc_path = Path(args.runs_dir) / f"{args.env_id}__lapo_bc__{seed}" / "checkpoint.pt"
-        if not bc_path.exists():
-            sys.exit(f"error: no checkpoint at {bc_path}: make it with `benchmark/experiments.sh small offline {args.env_id} {seed}`")
-        (z, z2, _, seen, actions), frames, t, policy = encode(bc_path, data_dir, data_meta, "train")
-        (z_test, _, latent_test, seen_test, actions_test), frames_test, t_test, _ = encode(bc_path, data_dir, data_meta, "test")
-        obs_test = torch.from_numpy(frames_test[t_test])
-        scale = torch.load(bc_path, weights_only=True)["meta"]["args"]["policy_scale"]
+        bc_path = f"{args.runs_dir}/{args.env_id}__lapo_bc__{seed}/checkpoint.pt"
+        cloned = stage.load_checkpoint(bc_path, "lapo_bc", ["policy", "idm", "pretrain_args"], args)
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=cloned["args"]["bf16"])
+        z, _, seen, policy = encode(cloned, frames["train"], windows["train"], autocast)
+        z_test, latent_test, seen_test, _ = encode(cloned, frames["test"], windows["test"], autocast)
         mean, std = seen.mean(0), seen.std(0) + 1e-3
         seen, seen_test = (seen - mean) / std, (seen_test - mean) / std
         torch.manual_seed(seed)
         for draw in range(args.num_draws):
-            order = torch.from_numpy(np.random.default_rng([seed, draw]).permutation(len(actions)))
-            pool = order[:8192]
-            picked = pool[kmeans_plusplus(z[pool].numpy(), min(1024, len(pool)), random_state=draw)[1]]
-            spread = torch.cat([picked, order[~torch.isin(order, picked)]])
+            order = np.random.default_rng([seed, draw]).permutation(len(windows["train"]))
             for j, n in enumerate(tqdm(args.num_labels, desc=f"seed {seed}, draw {draw}", unit="count")):
-                p = order[:n]
-
-                frequencies = (torch.bincount(actions[p], minlength=15) + 1) / (n + 15)
-                of_idm, of_both = learned(z[p], actions[p], how), learned(z2[p], actions[p], how)
-                of_features = learned(seen[p], actions[p], how)
-                logits = {
-                    "frequencies of actions": frequencies.log().expand(len(actions_test), -1),
-                    "idm latent": logits_of(of_idm, z_test),
-                    "policy latent": logits_of(of_idm, latent_test),
-                    "labels spread": logits_of(learned(z[spread[:n]], actions[spread[:n]], how), latent_test),
-                    "policy features": logits_of(of_features, seen_test),
-                    "latent and features": logits_of(learned(torch.cat([z, seen], 1)[p], actions[p], how), torch.cat([z_test, seen_test], 1)),
-                }
-                for name, first, x in (("averaged after", of_idm, z), ("two steps", of_both, z2)):
-                    second = stage.fit(stage.Decoder(seen.shape[1], (192, 128, 64)), seen, logits_of(first, x).softmax(-1), 1500, *how)
-                    logits[name] = logits_of(second, seen_test)
+                p, a = torch.from_numpy(order[:n]), actions["train"][order[:n]]
+                of_latent, of_features = fit_well(z[p], a), fit_well(seen[p], a)
+                of_both = fit_well(torch.cat([z, seen], 1)[p], a)
+                frequencies = (torch.bincount(a, minlength=15) + 1) / (n + 15)
+                with torch.no_grad():
+                    logits = {
+                        "frequencies of actions": frequencies.log().expand(len(z_test), -1),
+                        "idm latent": of_latent(z_test),
+                        "policy latent": of_latent(latent_test),
+                        "policy features": of_features(seen_test),
+                        "latent and features": of_both(torch.cat([z_test, seen_test], 1)),
+                    }
                 of_features.mean.copy_(mean)  # from here on it sees what the policy computes as it is
                 of_features.std.copy_(std)
-                tuned = stage.DecodedPolicy(copy.deepcopy(policy), of_features, True)
-                for name, network in (("fine-tuned", tuned), ("from scratch", stage.ScratchPolicy(scale))):
-                    logits[name] = learned_from_frames(network, torch.from_numpy(frames[t[p]]), actions[p], obs_test)
+                sizes = cloned["args"]["policy_scale"], cloned["pretrain_args"]["patch_size"]
+                decoded = stage.DecodedPolicy(copy.deepcopy(policy), of_features, True)
+                on_frames = {"fine-tuned": decoded, "from scratch": stage.ScratchPolicy(*sizes)}
+                obs = torch.from_numpy(frames["train"][windows["train"][order[:n]]])
+                for name, network in on_frames.items():
+                    network = network.to(memory_format=torch.channels_last)
+                    stage.fit(network, obs, a, 200, 10, 5e-4, 64, defaults, autocast)  # ten passes
+                    logits[name] = in_pieces(network, test_obs, windows["test"], autocast)
                 for name, of_actions in logits.items():
-                    losses[name][:, i, draw, j] = cross_entropy(of_actions, actions_test, groups)
+                    losses[name][:, i, draw, j] = cross_entropy(of_actions, actions["test"], groups)
 
-    path, of = Path(args.out) / f"why-it-stalls-{args.env_id}", ("actions", "effects")
-    report = {
-        "env_id": args.env_id, "seeds": args.seeds, "num_labels": args.num_labels, "test_frames": len(actions_test), "torch": torch.__version__,
-        "states": len(probabilities), "groups": groups.tolist(),
-        "demonstrator_entropy": {k: round(floor[0], 4) for k, floor in zip(of, floors)},
-        "entropy_given_next_frame": {k: round(floor[1], 4) for k, floor in zip(of, floors)},
-        "cross_entropy": {k: {name: losses[name][i].mean((0, 1)).round(4).tolist() for name in LOOKS} for i, k in enumerate(of)},
-        "each": {k: {name: losses[name][i].round(4).tolist() for name in LOOKS} for i, k in enumerate(of)},
-    }  # fmt: skip
+    report = {"env_id": args.env_id, "seeds": args.seeds, "num_labels": args.num_labels}
+    report |= {"test_frames": len(windows["test"]), "states": len(probabilities), "groups": groups.tolist()}
+    for i, name in enumerate(("demonstrator_entropy", "entropy_given_next_frame")):
+        report[name] = {of: round(floor[i], 4) for of, floor in floors.items()}
+    report |= {"cross_entropy": {}, "each": {}}
+    for i, of in enumerate(floors):
+        report["each"][of] = {name: loss[i].round(4).tolist() for name, loss in losses.items()}
+        means = {name: loss[i].mean((0, 1)).round(4).tolist() for name, loss in losses.items()}
+        report["cross_entropy"][of] = means
+    path = Path(args.out) / f"why-it-stalls-{args.env_id}"
     Path(f"{path}.json").write_text(json.dumps(report))
     draw_report(report, f"{path}.png")
-    for k, name in zip(of, ("the action", "what the action does")):
-        floor = f"the demonstrator's entropy {report['demonstrator_entropy'][k]}, the next frame leaves {report['entropy_given_next_frame'][k]}"
-        print(f"\ncross-entropy of {name}; {floor}")
-        print(f"{'labels':24s}" + "".join(f"{n:8d}" for n in args.num_labels))
-        for line, values in report["cross_entropy"][k].items():
-            print(f"{line:24s}" + "".join(f"{x:8.3f}" for x in values))
+    for of in floors:
+        entropy, left = report["demonstrator_entropy"][of], report["entropy_given_next_frame"][of]
+        print(f"\ncross-entropy of {of}; the demonstrator's entropy {entropy}, the next frame leaves {left}")
+        for line, values in {"labels": args.num_labels, **report["cross_entropy"][of]}.items():
+            print(f"{line:24s}" + "".join(f"{x:9.4g}" for x in values))
     print(f"wrote {path}.json and .png")

@@ -1,140 +1,232 @@
-"""Shared by the tests: the five scripts as modules, toy-size flags, ways to run a script, and one toy run of the whole pipeline."""
+"""Shared by the tests: the stages as modules, toy flags, ways to run a script, one toy run of all stages."""
 
 import contextlib
-import fcntl
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import os
 import runpy
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch: the same order of sums in this process and in the scripts it starts
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: sums in the same order here and in the scripts it starts
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 
-import numpy as np  # noqa: E402
+import filelock  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
+from torch.utils import tensorboard  # noqa: E402
 
 torch.set_num_threads(1)
-STAGES = ("collect_expert_data", "lapo_pretrain", "lapo_bc", "lapo_decode", "lapo_finetune_ppo")
-collect, pretrain, bc, decode, finetune = (importlib.import_module(name) for name in STAGES)
+STAGES = "ppo_procgen collect_expert_data lapo_pretrain lapo_bc lapo_decode lapo_finetune_ppo".split()
+ppo, collect, pretrain, bc, decode, finetune = (importlib.import_module(name) for name in STAGES)
 
 ENV_ID = "dodgeball"  # short episodes under random play, fast to draw
+ROLLOUT = "--total-timesteps 1024 --num-envs 16 --num-steps 16"
 TOY = {
-    "collect_expert_data": "--num-levels 16 --total-timesteps 1024 --num-envs 16 --num-steps 32 --scale 0.25 --num-train-frames 2000 "
-    "--num-test-frames 400 --eval-episodes 8",
-    "lapo_pretrain": "--num-updates 6 --batch-size 16 --idm-scale 0.25 --fdm-width 4 --vq-dim 2 --eval-every 3 --eval-windows 64",
-    "lapo_bc": "--num-updates 6 --batch-size 16 --policy-scale 0.25 --warmup-updates 2",
-    "lapo_decode": "--num-labels 16 32 --table-labels 32 --num-draws 2 --eval-episodes 4 --bc-updates 4 --decoder-updates 100",
-    "lapo_finetune_ppo": "--total-timesteps 2048 --num-envs 16 --num-steps 32 --action-head-warmup 512 600 --value-head-warmup 512 600 "
-    "--linear-warmup 600 700 --decoder-frames 500 4000 --eval-episodes 4",
+    "ppo_procgen": f"{ROLLOUT} --num-levels 16 --scale 0.25 --eval-episodes 8",
+    "collect_expert_data": "--num-envs 16 --num-train-frames 2000 --num-test-frames 400 --eval-episodes 8 "
+    f"--expert-checkpoint runs/{ENV_ID}__ppo_procgen__1/checkpoint.pt",
+    "lapo_pretrain": "--num-updates 6 --batch-size 16 --idm-scale 0.25 --fdm-width 4 --vq-dim 2 "
+    "--eval-every 3 --eval-windows 64",
+    "lapo_bc": "--num-updates 6 --batch-size 16 --policy-scale 0.25 --warmup-updates 2 --eval-every 3",
+    "lapo_decode": "--num-labels 16 32 --num-draws 2 --eval-episodes 4 --cloning-updates 4 "
+    "--decoder-updates 100",
+    "lapo_finetune_ppo": f"{ROLLOUT} --action-head-warmup 256 300 --value-head-warmup 256 300 "
+    "--linear-warmup 300 350 --decoder-frames 250 4000 --eval-episodes 4",
 }
 TOY = {stage: f"--env-id {ENV_ID} --no-cuda --no-bf16 {flags}".split() for stage, flags in TOY.items()}
+NO_SL = "lapo_finetune_ppo_no_sl"
+RUNS = {stage: (stage, []) for stage in STAGES} | {NO_SL: (STAGES[-1], ["--no-sl", "--exp-name", NO_SL])}
+NOW = ["--checkpoint-seconds", "0"]  # save whenever that is possible
+FRESH = ["--exp-name", "fresh"]  # a run folder that is not there yet
+INPUT = {  # stage: the flag that names its checkpoint, the stage that makes it
+    "collect_expert_data": ("--expert-checkpoint", "ppo_procgen"),
+    "lapo_bc": ("--pretrain-checkpoint", "lapo_pretrain"),
+    "lapo_decode": ("--bc-checkpoint", "lapo_bc"),
+    "lapo_finetune_ppo": ("--bc-checkpoint", "lapo_bc"),
+}
+READERS = ("lapo_pretrain", "lapo_bc", "lapo_decode")  # of the dataset
 
 
-def run_dir(stage, seed=1):
+def run_dir(name, seed=1):
     """The run folder that a script makes by default, relative to the working directory."""
-    return Path(f"runs/{ENV_ID}__{stage}__{seed}")
+    return Path(f"runs/{ENV_ID}__{name}__{seed}")
 
 
-def tensors(path):
-    """Every tensor of a checkpoint, {"part.name": tensor}."""
-    flat = {}
-    for part, state in torch.load(path, map_location="cpu", weights_only=True).items():
-        if isinstance(state, torch.Tensor):
-            flat[part] = state
-        elif part != "meta":
-            flat |= {f"{part}.{name}": tensor for name, tensor in state.items()}
-    assert flat
-    return flat
+def results_of(cwd, name):
+    return json.loads((cwd / run_dir(name) / "results.json").read_text())
+
+
+def load(path):
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def tensors(path, part=None):
+    """Every tensor of a checkpoint, {"part.name": tensor}, or those of one part, {"name": tensor}."""
+    parts = load(path)
+    if part:
+        return parts[part]
+    parts = {name: part for name, part in parts.items() if isinstance(part, dict)}
+    return {f"{part}.{name}": x for part in parts for name, x in parts[part].items() if torch.is_tensor(x)}
 
 
 def same_tensors(a, b):
     """Whether two checkpoints hold the same tensors bit for bit."""
     a, b = tensors(a), tensors(b)
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    return a.keys() == b.keys() != set() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def snapshot(folder):
-    """{file: hash of its bytes} of a folder."""
-    return {p.relative_to(folder): hashlib.blake2b(p.read_bytes()).digest() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+def scalars(folder):
+    """{tag: {step: value}} of a run folder's TensorBoard files, without the rate."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = set(events.Tags()["scalars"]) - {"charts/SPS"}
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in tags}
+
+
+def snapshot(folder, suffix=""):
+    """{file: hash of its bytes} of a folder, without locks."""
+    files = [p for p in Path(folder).rglob(f"*{suffix}") if p.is_file() and p.name != ".lock"]
+    return {p.relative_to(folder): hashlib.blake2b(p.read_bytes()).digest() for p in files}
 
 
 def link_tree(source, target):
     """A copy of a folder by hard links: to change a file there, replace it, never write into it."""
-    for path in Path(source).rglob("*"):
-        if path.is_file():
-            (Path(target) / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-            os.link(path, Path(target) / path.relative_to(source))
-    return Path(target)
+    return Path(shutil.copytree(source, target, copy_function=os.link))
 
 
 def replace(path, content):
-    """Gives a file of a link_tree new bytes (or an array, or text) without touching the original."""
+    """Gives a file of a link_tree other content: bytes, text or what torch.save takes."""
     path.unlink()
-    if isinstance(content, np.ndarray):
-        np.save(path, content)
+    if isinstance(content, dict):
+        torch.save(content, path)
     else:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def start(stage, *flags, cwd):
+def start(script, *flags, cwd, **env):
     """Runs a script as a user would, in a process of its own."""
-    command = [sys.executable, str(ROOT / f"{stage}.py"), *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    script = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
+    return subprocess.run(script, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=300)
 
 
-def inline(monkeypatch, cwd, stage, *flags):
+def command(stage, *flags):
+    """The command that inline() runs, as the script prints it."""
+    return f"python {ROOT / stage}.py {shlex.join(map(str, flags))}"
+
+
+def inline(cwd, script, *flags):
     """Runs a script in this process, which saves the seconds of importing torch. Returns its globals.
 
-    As with a process of its own, its locks and signal handlers end with it, and an OSError becomes the sentence that its sys.excepthook prints.
+    As with a process of its own, its locks, logs and signal handlers end with it.
     """
-    handlers, locks = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, []
-    flock, thread_hook = fcntl.flock, threading.excepthook
+    handlers, ends = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, []
 
-    def locking(file, operation):
-        locks.append(file)
-        flock(file, operation)
+    def noting(make, end):
+        def made(*args, **kwargs):
+            thing = make(*args, **kwargs)
+            ends.append(lambda: end(thing))
+            return thing
 
-    monkeypatch.chdir(cwd)
-    monkeypatch.setattr(sys, "argv", [f"{stage}.py", *map(str, flags)])
-    monkeypatch.setattr(fcntl, "flock", locking)
-    try:
-        return runpy.run_path(str(ROOT / f"{stage}.py"), run_name="__main__")
-    except OSError as e:
-        with contextlib.redirect_stderr(io.StringIO()) as stderr:
-            sys.excepthook(type(e), e, e.__traceback__)
-        sys.exit(stderr.getvalue().removesuffix("\n"))
-    finally:
-        torch.backends.cudnn.deterministic = False
-        sys.excepthook, threading.excepthook = sys.__excepthook__, thread_hook
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for lock in locks:
-            lock.close()
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+        patch.setattr(filelock, "FileLock", noting(filelock.FileLock, lambda lock: lock.release(force=True)))
+        patch.setattr(tensorboard, "SummaryWriter", noting(tensorboard.SummaryWriter, lambda w: w.close()))
+        try:
+            return runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            for end in ends:
+                with contextlib.suppress(OSError):  # on a full disk
+                    end()
+
+
+def refusal(cwd, script, *flags):
+    """The sentence with which a script refuses, after checking its form."""
+    with pytest.raises(SystemExit) as caught:
+        inline(cwd, script, *flags)
+    message = caught.value.code
+    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message, message
+    return message
+
+
+class Killed(BaseException):
+    """As kill -9: nothing catches it."""
+
+
+def kill():
+    raise Killed
+
+
+def ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupted(cwd, stage, *flags, owner, name, n, action=ctrl_c):
+    """Runs a script in this process, with action() after the nth call of owner.name; its exit status."""
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def counting(*args, **kwargs):
+        result = original(*args, **kwargs)
+        if next(calls) == n:
+            action()
+        return result
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((SystemExit, Killed)) as caught:
+        patch.setattr(owner, name, counting)
+        inline(cwd, stage, *flags)
+    return getattr(caught.value, "code", "killed")
+
+
+ADAM_STEP = {"owner": torch.optim.Adam, "name": "step"}
+
+
+def pytest_cmdline_main(config):
+    """With -n, a file's tests stay in one worker, so that its fixtures are made once."""
+    if config.getoption("numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "loadfile"
 
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory):
-    """All five stages at toy size, one after the other with the default paths, and the fine-tuning's two baselines. Read only."""
-    cwd = tmp_path_factory.mktemp("pipeline")
-    stdout = {}
-    for stage in STAGES:
-        done = start(stage, *TOY[stage], cwd=cwd)
-        assert done.returncode == 0, done.stderr
-        stdout[stage] = done.stdout
-    baselines = {f"lapo_finetune_ppo_{flag.replace('-', '_')}": f"--{flag}" for flag in ("no-sl", "from-scratch")}
-    for flag in baselines.values():
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            inline(monkeypatch, cwd, "lapo_finetune_ppo", *TOY["lapo_finetune_ppo"], flag)
-    checkpoints = {name: cwd / run_dir(name) / "checkpoint.pt" for name in (*STAGES, *baselines)}
-    results = {name: json.loads((path.parent / "results.json").read_text()) for name, path in checkpoints.items()}
-    return SimpleNamespace(cwd=cwd, data=cwd / "data" / ENV_ID, stdout=stdout, results=results, checkpoints=checkpoints)
+    """All stages at toy size with the default paths, and fine-tuning without decoder. Read only.
+
+    The first worker of pytest-xdist that needs it makes it, the others wait and share it.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    cwd = shared / "pipeline"
+    with filelock.FileLock(shared / "pipeline.lock"):
+        if not (cwd / "stdout.json").exists():
+            cwd.mkdir()
+            stdout = {}
+            for name, (stage, flags) in RUNS.items():
+                with contextlib.redirect_stdout(io.StringIO()) as out:
+                    inline(cwd, stage, *TOY[stage], *flags)
+                stdout[name] = out.getvalue()
+            (cwd / "stdout.json").write_text(json.dumps(stdout))
+    stdout = json.loads((cwd / "stdout.json").read_text())
+    checkpoints = {name: cwd / run_dir(name) / "checkpoint.pt" for name in RUNS}
+    results = {name: results_of(cwd, name) for name in RUNS}
+    data = cwd / "data" / ENV_ID
+    return SimpleNamespace(cwd=cwd, data=data, stdout=stdout, checkpoints=checkpoints, results=results)
+
+
+@pytest.fixture
+def work(pipeline, tmp_path):
+    """The finished toy pipeline's folder by hard links."""
+    return link_tree(pipeline.cwd, tmp_path / "work")

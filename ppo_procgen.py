@@ -1,0 +1,555 @@
+"""PPO on Procgen, with the details of CleanRL's ppo_procgen.py: trains LAPO's demonstrators, and is the
+paper's baseline "PPO from scratch" (section 6.1).
+
+Its speed: observations stay uint8 and channels-last, the network runs under autocast, Adam is fused, and on a
+CPU a minibatch's gradient is added up over pieces that fit the cache.
+
+    python ppo_procgen.py --env-id bossfight                                      # the paper's scale
+    python ppo_procgen.py --env-id coinrun --scale 0.5 --total-timesteps 500000   # toy
+    python ppo_procgen.py --env-id bossfight --exp-name ppo_from_scratch --scale 4 --num-steps 64
+        --ent-coef 0.0025 --total-timesteps 4000000           # the baseline to lapo_finetune_ppo.py
+Writes RUNS_DIR/ENV_ID__EXP_NAME__SEED/checkpoint.pt, the agent, which collect_expert_data.py lets play.
+"""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import gym_notices.notices
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from filelock import FileLock
+from torch.distributions.categorical import Categorical
+from torch.utils.benchmark import Timer
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+gym_notices.notices.notices.clear()  # else procgen's import of gym prints four lines about gym's future
+from procgen import ProcgenGym3Env  # noqa: E402
+from procgen.env import ENV_NAMES  # noqa: E402
+
+FORMAT_VERSION = 3  # of checkpoints
+
+# Mean returns of a random policy and of the paper's expert, Procgen easy mode, all levels (paper, appendix)
+PAPER_SCORES = {
+    "bigfish": (0.8743, 36.3362), "bossfight": (0.0462, 11.6344), "caveflyer": (2.5971, 9.1836),
+    "chaser": (0.6632, 9.9557), "climber": (2.2243, 10.2336), "coinrun": (2.7048, 9.9325),
+    "dodgeball": (0.6130, 13.4866), "fruitbot": (-2.5330, 29.9253), "heist": (3.0759, 9.6853),
+    "jumper": (3.4105, 8.4602), "leaper": (2.5105, 7.4083), "maze": (4.2726, 9.9693),
+    "miner": (1.2514, 11.8926), "ninja": (2.5600, 9.4746), "plunder": (4.3207, 11.4605),
+    "starpilot": (1.5252, 66.9863),
+}  # fmt: skip
+
+
+@dataclass
+class Args:
+    # what
+    env_id: str = "bossfight"
+    """the Procgen game, one of the 16"""
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """the name of this experiment; the run folder is RUNS_DIR/ENV_ID__EXP_NAME__SEED"""
+    seed: int = 1
+    """seed of the experiment"""
+    # data
+    num_levels: int | None = None
+    """number of levels to play, 0: all of them; default: those of --init-checkpoint, else 0"""
+    start_level: int | None = None
+    """the first of them; default: that of --init-checkpoint, else 0"""
+    init_checkpoint: str | None = None
+    """train on from this agent, of its --scale and --patch-size, with a fresh optimiser"""
+    allow_unfinished: bool = False
+    """take the checkpoint of an unfinished run, too"""
+    # method
+    scale: float = 1.0
+    """width of the IMPALA-CNN: 16, 32, 32 channels times this"""
+    patch_size: int = 1
+    """patches of so many pixels a side become channels of the network's input (1: as in the paper)"""
+    gamma: float = 0.999
+    """the discount factor"""
+    gae_lambda: float = 0.95
+    """the lambda of the generalised advantage estimation"""
+    norm_adv: bool = True
+    """normalise the advantages per minibatch"""
+    clip_coef: float = 0.2
+    """the surrogate clipping coefficient"""
+    clip_vloss: bool = True
+    """clip the value loss too, as in the PPO paper's code"""
+    ent_coef: float = 0.01
+    """coefficient of the entropy bonus"""
+    vf_coef: float = 0.5
+    """coefficient of the value loss"""
+    # optimisation
+    total_timesteps: int = 50_000_000
+    """frames of training"""
+    num_envs: int = 64
+    """parallel games"""
+    num_steps: int = 256
+    """steps in each game per rollout"""
+    num_minibatches: int = 8
+    """minibatches per epoch"""
+    update_epochs: int = 3
+    """epochs over each rollout"""
+    learning_rate: float = 5e-4
+    """Adam's learning rate"""
+    anneal_lr: bool = False
+    """lower the learning rate linearly to 0"""
+    max_grad_norm: float = 0.5
+    """the maximum norm of the gradient"""
+    eval_episodes: int = 200
+    """episodes over which the final agent, and random play, are scored"""
+    # run
+    runs_dir: str = "runs"
+    """where run folders are made"""
+    overwrite: bool = False
+    """replace the run in the run folder; without it a finished one is kept, an unfinished one goes on"""
+    checkpoint_seconds: float = 60.0
+    """seconds between checkpoints from which an interrupted run goes on"""
+    cuda: bool = True
+    """use CUDA, or another accelerator that torch knows, where there is one"""
+    bf16: tyro.conf.DisallowNone[bool | None] = None
+    """forward passes in bfloat16 (parameters and losses stay float32); default: if that is faster here"""
+
+
+class ResidualBlock(nn.Module):
+    """ReLU, 3x3 convolution, ReLU, 3x3 convolution, plus the input. (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels, hidden):
+        super().__init__()
+        self.conv0 = nn.Conv2d(channels, hidden, kernel_size=3, padding=1)
+        self.conv1 = nn.Conv2d(hidden, channels, kernel_size=3, padding=1)
+
+    def forward(self, x):
+        # in place where nobody needs the old values: fewer passes over memory
+        return self.conv1(torch.relu_(self.conv0(torch.relu(x)))).add_(x)
+
+
+class ImpalaCNN(nn.Module):
+    """IMPALA-CNN (Espeholt et al. 2018, figure 3): (B, C, 64, 64) -> (B, 256).
+
+    Channels are 16, 32, 32 times scale. patch_size P (1 in the paper) folds patches of P x P pixels
+    into channels first: (B, C * P^2, 64 / P, 64 / P).
+    """
+
+    def __init__(self, in_channels, scale, patch_size=1):
+        super().__init__()
+        layers = [nn.PixelUnshuffle(patch_size)] if patch_size > 1 else []
+        in_channels *= patch_size**2
+        for channels in (int(16 * scale), int(32 * scale), int(32 * scale)):
+            layers += [
+                nn.Conv2d(in_channels, channels, kernel_size=3, padding=1),
+                nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
+                ResidualBlock(channels, channels),
+                ResidualBlock(channels, channels),
+            ]
+            in_channels = channels
+        self.conv = nn.Sequential(*layers, nn.Flatten(), nn.ReLU())  # (B, 32 * scale * (8 / P)^2)
+        self.fc = nn.Linear(int(32 * scale) * (8 // patch_size) ** 2, 256)
+
+    def forward(self, x):
+        return torch.relu(self.fc(self.conv(x)))
+
+
+class Agent(nn.Module):
+    """PPO's actor-critic on an IMPALA-CNN. Observations are (B, 64, 64, 3) uint8, as Procgen gives them."""
+
+    def __init__(self, scale, patch_size=1, num_actions=15):
+        super().__init__()
+        self.network = ImpalaCNN(3, scale, patch_size)
+        self.actor = nn.Linear(256, num_actions)
+        self.critic = nn.Linear(256, 1)
+        for head, std in ((self.actor, 0.01), (self.critic, 1.0)):  # CleanRL's layer_init
+            nn.init.orthogonal_(head.weight, std)
+            nn.init.zeros_(head.bias)
+
+    def forward(self, obs):
+        # HWC memory seen as (B, 3, 64, 64) is channels-last already: no copy
+        hidden = self.network(obs.permute(0, 3, 1, 2).float() / 255 - 0.5)
+        return self.actor(hidden).float(), self.critic(hidden).float().squeeze(-1)  # (B, 15), (B,)
+
+
+class RewardNormalizer:
+    """Rewards divided by the running deviation of the discounted return, clipped to +-10 (gym's wrapper)."""
+
+    def __init__(self, num_envs, gamma):
+        self.gamma, self.returns = gamma, np.zeros(num_envs)
+        self.mean, self.var, self.count = 0.0, 1.0, 1e-4
+
+    def __call__(self, reward, done):
+        self.returns = self.returns * self.gamma + reward
+        # Chan et al.'s parallel update of mean and variance
+        mean, var, n = self.returns.mean(), self.returns.var(), len(self.returns)
+        delta, total = mean - self.mean, self.count + n
+        self.var = (self.var * self.count + var * n + delta**2 * self.count * n / total) / total
+        self.mean, self.count = self.mean + delta * n / total, total
+        self.returns[done] = 0.0
+        return np.clip(reward / np.sqrt(self.var + 1e-8), -10, 10)
+
+    def state_dict(self):
+        return {"returns": self.returns.tolist(), "stats": [float(self.mean), float(self.var), self.count]}
+
+    def load_state_dict(self, state):
+        self.returns, (self.mean, self.var, self.count) = np.array(state["returns"]), state["stats"]
+
+
+def compute_gae(rewards, values, dones, next_value, next_done, gamma, gae_lambda):
+    """Generalised advantage estimation (Schulman et al. 2016). All (T, E); dones[t]: obs[t] is a first."""
+    advantages = torch.zeros_like(rewards)
+    lastgaelam = 0
+    for t in reversed(range(len(rewards))):
+        nextnonterminal = 1.0 - (next_done if t == len(rewards) - 1 else dones[t + 1])
+        nextvalues = next_value if t == len(rewards) - 1 else values[t + 1]
+        delta = rewards[t] + gamma * nextvalues * nextnonterminal - values[t]
+        advantages[t] = lastgaelam = delta + gamma * gae_lambda * nextnonterminal * lastgaelam
+    return advantages
+
+
+def ppo_loss(logits, newvalue, actions, logprobs, advantages, returns, values, args):
+    """PPO's loss (Schulman et al. 2017, equation 9) of logits (B, 15) and the rest (B,), and what to log."""
+    action_dist = Categorical(logits=logits, validate_args=False)  # the loop refuses NaN
+    logratio = action_dist.log_prob(actions) - logprobs
+    ratio = logratio.exp()
+    clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    pg_loss = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
+    v_loss = (newvalue - returns) ** 2
+    if args.clip_vloss:
+        v_clipped = values + (newvalue - values).clamp(-args.clip_coef, args.clip_coef)
+        v_loss = torch.max(v_loss, (v_clipped - returns) ** 2)
+    v_loss, entropy_loss = 0.5 * v_loss.mean(), action_dist.entropy().mean()
+    approx_kl = ((ratio - 1) - logratio).mean()  # http://joschu.net/blog/kl-approx.html
+    clipfrac = ((ratio - 1.0).abs() > args.clip_coef).float().mean()
+    loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
+    return loss, torch.stack([pg_loss, v_loss, entropy_loss, approx_kl, clipfrac]).detach()
+
+
+def make_env(env_id, num_envs, num_levels, start_level, seed):
+    """Procgen, easy: act(actions), observe() -> reward (E,), {"rgb": (E, 64, 64, 3) uint8}, first (E,)."""
+    levels = {"distribution_mode": "easy", "num_levels": num_levels, "start_level": start_level}
+    return ProcgenGym3Env(num_envs, env_id, rand_seed=seed, num_threads=min(4, os.cpu_count()), **levels)
+
+
+def get_env_state(env):
+    """Snapshots of all games, a list of uint8 tensors."""
+    return [torch.frombuffer(bytearray(game), dtype=torch.uint8) for game in env.callmethod("get_state")]
+
+
+def set_env_state(env, state):
+    env.callmethod("set_state", [game.numpy().tobytes() for game in state])
+
+
+def evaluate(act, env, num_episodes):
+    """Returns (num_episodes,) of games in which act(obs (B, 64, 64, 3), episode (B,)) takes the actions.
+
+    An env that ends its episode begins the next in line; every episode counts, however long.
+    """
+    episode, running, returns = np.arange(env.num), np.zeros(env.num), np.full(num_episodes, np.nan)
+    progress = tqdm(total=num_episodes, unit="episode", desc="play", leave=False)
+    while np.isnan(returns).any():
+        playing, action = np.flatnonzero(episode < num_episodes), np.zeros(env.num, dtype=np.int32)
+        action[playing] = act(env.observe()[1]["rgb"][playing], episode[playing])
+        env.act(action)
+        reward, _, first = env.observe()
+        running += reward
+        for e in np.flatnonzero(first):
+            if episode[e] < num_episodes:
+                returns[episode[e]] = running[e]
+                progress.update()
+            episode[e], running[e] = episode.max() + 1, 0
+    progress.close()
+    return returns
+
+
+@torch.inference_mode()
+def score(policy, num_levels, start_level, args, generator, run):
+    """Returns (eval_episodes,) of games with actions drawn from softmax(policy(obs)); Ctrl-C ends it."""
+    num_envs = min(args.num_envs, args.eval_episodes)
+    env = make_env(args.env_id, num_envs, num_levels, start_level, args.seed + 1000)
+
+    def act(obs, episode):
+        run.leave_if_stopped()
+        probs = policy(torch.as_tensor(obs, device=generator.device)).softmax(-1)
+        return torch.multinomial(probs, 1, generator=generator).squeeze(-1).cpu().numpy()
+
+    returns = evaluate(act, env, args.eval_episodes)
+    env.close()
+    return returns
+
+
+def mean_and_stderr(x):
+    return float(np.mean(x)), float(np.std(x, ddof=1) / np.sqrt(len(x)))
+
+
+def load_checkpoint(path, made_by, parts, args):
+    """A finished checkpoint of this game with these parts, on the CPU; refuses all else in one sentence."""
+    if (unfinished := Path(path).with_name("resume.pt")).exists():
+        path = unfinished
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        found = [checkpoint[key] for key in ("env_id", "format_version", *parts)][:2]
+        if found != [args.env_id, FORMAT_VERSION]:
+            raise ValueError(f"game and format {found}, expected {[args.env_id, FORMAT_VERSION]}")
+    except Exception as e:  # the unpickler raises many kinds
+        again = f"`python {made_by}.py --env-id {args.env_id}` makes one"
+        sys.exit(f"error: {path} is no checkpoint of {made_by}.py ({type(e).__name__}: {e}): {again}")
+    if path == unfinished and not args.allow_unfinished:
+        sys.exit(f"error: {path.parent} is unfinished: `{checkpoint['command']}`, or --allow-unfinished")
+    return checkpoint
+
+
+def choose_precision(args, device, step):
+    """The autocast: as --[no-]bf16 says, else bfloat16 if step(), on a few samples, is faster in it here."""
+    autocasts = [torch.autocast(device.type, torch.bfloat16, enabled=enabled) for enabled in (False, True)]
+
+    def seconds(work, autocast=autocasts[0]):
+        with autocast:
+            timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+            return timer.blocked_autorange(min_run_time=0.3).median
+
+    if args.bf16 is None and device.type != "cpu":
+        args.bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    elif args.bf16 is None:
+        x, y = torch.ones(256, 256), torch.ones(256, 256, dtype=torch.bfloat16)
+        ratio = seconds(lambda: x @ x) / seconds(lambda: y @ y)
+        if ratio > 0.2:  # without bfloat16 instructions it is a hundredth, and a step would take minutes
+            ratio = seconds(step, autocasts[0]) / seconds(step, autocasts[1])
+        args.bf16 = ratio > 1.1
+        other = "--no-bf16 to force float32" if args.bf16 else "so float32; --bf16 to force bfloat16"
+        print(f"bfloat16: {ratio:.2g}× float32 on this machine ({other})")
+    print(f"{args.env_id}: {device}, {'bfloat16' if args.bf16 else 'float32'}")
+    return autocasts[args.bf16]
+
+
+def write_whole(path, content):
+    """A whole file or none, text or what torch.save takes: written aside, flushed to disk, then renamed."""
+    aside = Path(f"{path}.tmp")
+    with open(aside, "wb") as f:
+        torch.save(content, f) if path.suffix == ".pt" else f.write(content.encode())
+        f.flush()
+        os.fsync(f.fileno())
+    aside.rename(path)
+
+
+class Run:
+    """The run folder RUNS_DIR/ENV_ID__EXP_NAME__SEED, one process at a time. Nothing of the method is here.
+
+    Files are whole or absent, also after kill -9 or on a full disk: resume.pt, where a stopped run goes on;
+    checkpoint.pt, the networks, for the next stage; results.json, written last.
+    """
+
+    def __init__(self, args, inputs=()):
+        """A stopped run goes on with the same arguments and inputs, the identities of what it reads."""
+        self.args, self.parts, self.state, self.signal = args, {}, {}, 0
+        self.dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
+        self.lock, other = FileLock(self.dir / ".lock"), "choose another --exp-name or --seed"
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire(blocking=False)
+        except OSError as e:
+            sys.exit(f"error: {self.dir} is in another process's hands, or read-only ({e}): wait, or {other}")
+        for name in ("results.json", "resume.pt") if args.overwrite else ():
+            (self.dir / name).unlink(missing_ok=True)
+        if (self.dir / "results.json").exists():
+            sys.exit(f"error: {self.dir} holds a finished run: add --overwrite to replace it, or {other}")
+        args.inputs, free = list(inputs), ("overwrite", "checkpoint_seconds", "allow_unfinished")
+        if (self.dir / "resume.pt").exists():
+            self.state = torch.load(self.dir / "resume.pt", map_location="cpu", weights_only=True)
+            before = self.state["args"]
+            args.bf16 = before["bf16"] if args.bf16 is None else args.bf16
+            changed = {k: v for k, v in before.items() if v != vars(args).get(k) and k not in free}
+            if changed:
+                sys.exit(
+                    f"error: {self.dir} was begun with {changed}: keep to it, add --overwrite or {other}"
+                )
+        self.meta = {"format_version": FORMAT_VERSION, "stage": Path(__file__).stem, "env_id": args.env_id}
+        self.meta["command"] = "python " + shlex.join(arg for arg in sys.argv if arg != "--overwrite")
+        self.meta |= {"args": vars(args), "identity": self.state.get("identity", uuid.uuid4().hex)}
+        self.saved, self.began = time.time(), time.time() - self.state.get("seconds", 0.0)
+        self.writer = SummaryWriter(self.dir, purge_step=self.state.get("step", 0) + 1)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop)
+        print(f"going on in {self.dir}, in the precision it began with" if self.state else f"run {self.dir}")
+
+    def stop(self, number, frame):
+        self.signal = number  # Ctrl-C or SIGTERM: the first asks for a save, a second ends the process
+        signal.signal(number, signal.SIG_DFL)
+
+    def leave_if_stopped(self):
+        if self.signal:
+            print(f"\nstopped; what is saved in {self.dir} goes on with: {self.meta['command']}")
+            sys.exit(128 + self.signal)  # 130 or 143, as shells expect: a pipeline stops here
+
+    def restore(self, **parts):
+        """Notes what to save, networks and optimizers; a stopped run's are loaded. Returns what was saved."""
+        self.parts = parts
+        if self.state:
+            for name, part in parts.items():
+                part.load_state_dict(self.state[name])
+            torch.set_rng_state(self.state["rng"][0])
+            torch.cuda.set_rng_state_all(self.state["rng"][1:])
+        return self.state
+
+    def due(self):
+        return self.signal or time.time() - self.saved > self.args.checkpoint_seconds
+
+    def save(self, step, **state):
+        """Saves the parts and `state`, tensors and plain values; then ends the process if it was stopped."""
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"step": step, "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
+        self.writer.flush()
+        write_whole(self.dir / "resume.pt", self.meta | state | {"seconds": time.time() - self.began})
+        self.saved = time.time()
+        self.leave_if_stopped()
+
+    def finish(self, **results):
+        """Writes checkpoint.pt, then results.json: the results, and what they rest on."""
+        networks = {name: part.state_dict() for name, part in self.parts.items() if hasattr(part, "eval")}
+        write_whole(self.dir / "checkpoint.pt", self.meta | networks)
+        on_gpu, here = self.args.cuda and torch.cuda.is_available(), Path(__file__).resolve().parent
+        device = torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability()
+        commit = subprocess.getoutput(f"git -C '{here}' describe --always --dirty 2>/dev/null")
+        results |= {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+        results |= {"commit": commit, "wall_seconds": round(time.time() - self.began, 1), **self.meta}
+        write_whole(self.dir / "results.json", json.dumps(results, indent=2))
+        (self.dir / "resume.pt").unlink(missing_ok=True)
+        self.writer.close()
+        print(f"wrote {self.dir}")
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    if args.env_id not in ENV_NAMES:
+        sys.exit(f"error: --env-id {args.env_id} is no Procgen game: choose one of {', '.join(ENV_NAMES)}")
+    T, E = args.num_steps, args.num_envs
+    if min(T, E, args.num_minibatches, args.update_epochs, args.eval_episodes - 1) < 1:
+        sys.exit("error: --num-steps, -envs, -minibatches, --update-epochs: 1 or more, --eval-episodes: 2")
+    batch_size, num_iterations = T * E, max(1, args.total_timesteps // (T * E))
+    if batch_size % args.num_minibatches:
+        sys.exit(f"error: --num-minibatches {args.num_minibatches} does not divide {T} steps x {E} envs")
+    init = {"identity": None, "num_levels": 0, "start_level": 0}
+    if args.init_checkpoint:
+        init = load_checkpoint(args.init_checkpoint, "ppo_procgen", ["agent", *init], args)
+        args.scale, args.patch_size = init["args"]["scale"], init["args"]["patch_size"]
+    args.num_levels = init["num_levels"] if args.num_levels is None else args.num_levels
+    args.start_level = init["start_level"] if args.start_level is None else args.start_level
+    levels = args.num_levels, args.start_level
+    run = Run(args, inputs=[init["identity"]])
+    run.meta |= {"num_levels": args.num_levels, "start_level": args.start_level}
+    device = (torch.accelerator.current_accelerator(True) if args.cuda else None) or torch.device("cpu")
+
+    torch.manual_seed(args.seed)
+    agent = Agent(args.scale, args.patch_size)
+    agent.load_state_dict(init.get("agent", agent.state_dict()))
+    agent = agent.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    normalize_reward = RewardNormalizer(E, args.gamma)
+    env = make_env(args.env_id, E, *levels, args.seed)
+    next_obs, next_done = torch.tensor(env.observe()[1]["rgb"], device=device), torch.zeros(E, device=device)
+    autocast = choose_precision(args, device, lambda: agent(next_obs)[0].square().mean().backward())
+
+    # storage
+    obs = torch.zeros((T, E, 64, 64, 3), dtype=torch.uint8, device=device)  # a quarter of float storage
+    actions = torch.zeros((T, E), dtype=torch.long, device=device)
+    logprobs, rewards, dones, values = (torch.zeros((T, E), device=device) for _ in range(4))
+    episode_return, recent_returns, curve = np.zeros(E), deque(maxlen=100), []
+    state = run.restore(agent=agent, optimizer=optimizer, normalize_reward=normalize_reward)
+    if state:
+        set_env_state(env, state["env"])
+        next_obs, next_done = state["next_obs"].to(device), state["next_done"].to(device)
+        episode_return, curve = np.array(state["episode_return"]), state["curve"]
+        recent_returns.extend(state["recent_returns"])
+
+    micro_batch_size = 128 if device.type == "cpu" else batch_size
+    first_iteration = state.get("step", 0) // batch_size
+    bar = {"total": num_iterations, "initial": first_iteration, "unit": "frame", "unit_scale": batch_size}
+    progress = tqdm(range(first_iteration, num_iterations), "PPO", **bar)
+    for iteration in progress:
+        lr = args.learning_rate * (1 - iteration / num_iterations if args.anneal_lr else 1.0)
+        optimizer.param_groups[0]["lr"] = lr
+
+        # rollout
+        for t in range(T):
+            obs[t], dones[t] = next_obs, next_done
+            with torch.inference_mode(), autocast:
+                logits, values[t] = agent(next_obs)
+                action_dist = Categorical(logits=logits)
+                actions[t] = action_dist.sample()
+                logprobs[t] = action_dist.log_prob(actions[t])
+            env.act(actions[t].cpu().numpy().astype(np.int32))
+            reward, next_ob, first = env.observe()
+            next_obs = torch.tensor(next_ob["rgb"], device=device)
+            next_done = torch.tensor(first, dtype=torch.float32, device=device)
+            rewards[t] = torch.tensor(normalize_reward(reward, first), dtype=torch.float32, device=device)
+            episode_return += reward
+            recent_returns.extend(episode_return[first].tolist())
+            episode_return[first] = 0
+        with torch.inference_mode(), autocast:
+            next_value = agent(next_obs)[1]
+        advantages = compute_gae(rewards, values, dones, next_value, next_done, args.gamma, args.gae_lambda)
+        returns = advantages + values
+
+        # update
+        b_obs, b_actions, b_logprobs = obs.flatten(0, 1), actions.flatten(), logprobs.flatten()
+        b_advantages, b_returns, b_values = advantages.flatten(), returns.flatten(), values.flatten()
+        logged = []
+        for _ in range(args.update_epochs):
+            for mb in torch.randperm(batch_size, device=device).chunk(args.num_minibatches):
+                mb_advantages = b_advantages[mb]
+                if args.norm_adv:
+                    mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
+                optimizer.zero_grad()
+                for i, adv in zip(mb.split(micro_batch_size), mb_advantages.split(micro_batch_size)):
+                    with autocast:
+                        logits, newvalue = agent(b_obs[i])
+                    batch = b_actions[i], b_logprobs[i], adv, b_returns[i], b_values[i]
+                    loss, stats = ppo_loss(logits, newvalue, *batch, args)
+                    (loss * len(i) / len(mb)).backward()  # adds up to the gradient of the minibatch's mean
+                    logged.append(stats)
+                norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                if not torch.isfinite(norm):
+                    found = f"loss {loss.item()}, gradient norm {norm.item()} at update {iteration}"
+                    sys.exit(f"error: {found}: lower --learning-rate, or try --no-bf16")
+                optimizer.step()
+
+        # logs
+        step = (iteration + 1) * batch_size
+        if recent_returns:
+            curve.append((step, float(np.mean(recent_returns))))
+            run.writer.add_scalar("charts/episodic_return", curve[-1][1], step)
+            progress.set_postfix_str(f"return {curve[-1][1]:.2f}")
+        run.writer.add_scalar("charts/SPS", step / (time.time() - run.began), step)
+        run.writer.add_scalar("charts/learning_rate", lr, step)
+        explained_variance = 1 - (b_returns - b_values).var() / b_returns.var()
+        names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance")
+        for name, value in zip(names, [*torch.stack(logged).mean(0), explained_variance]):
+            run.writer.add_scalar(f"losses/{name}", value.item(), step)
+        if run.due() or iteration == num_iterations - 1:
+            saved = {"env": get_env_state(env), "next_obs": next_obs, "next_done": next_done, "curve": curve}
+            saved |= {"episode_return": episode_return.tolist(), "recent_returns": list(recent_returns)}
+            run.save(step, **saved)
+
+    frames, seconds = num_iterations * batch_size, time.time() - run.began
+    env.close()
+
+    # scores, of the agent and of random play on the same levels
+    generator = torch.Generator(device).manual_seed(args.seed)
+    with autocast:
+        returns = score(lambda obs: agent(obs)[0], *levels, args, generator, run)
+    at_random = score(lambda obs: torch.zeros(len(obs), 15, device=device), *levels, args, generator, run)
+    mean, stderr = mean_and_stderr(returns)
+    paper_random, paper_expert = PAPER_SCORES[args.env_id]
+    relative_return = (mean - paper_random) / (paper_expert - paper_random)
+    results = {"frames": frames, "return_mean": mean, "return_stderr": stderr, "episodes": args.eval_episodes}
+    results |= {"random_mean": float(at_random.mean()), "frames_per_second": round(frames / seconds, 1)}
+    results |= {"relative_return": relative_return}
+    run.finish(**results, returns=returns.tolist(), curve=curve[:: 1 + len(curve) // 1000])
+    print(f"return {mean:.2f} +- {stderr:.2f}, relative to the paper's expert {relative_return:.2f}")
+    print(f"next: collect_expert_data.py --env-id {args.env_id} --expert-checkpoint {run.dir}/checkpoint.pt")
