@@ -1,5 +1,6 @@
-# `make quickstart` and `make test` set everything up by themselves: inside an active environment (virtualenv or conda) they use it,
-# elsewhere they make .venv from requirements.txt. Both also work by hand: pip install -r requirements.txt, then the commands below.
+# `make quickstart` and `make test` set everything up by themselves: in an active environment (virtualenv or
+# conda) they use it, elsewhere they make .venv from requirements.txt. Both also work by hand:
+# pip install -r requirements.txt, then the commands below.
 ENV_ID ?= coinrun
 SEED ?= 1
 QUICKSTART = runs/quickstart/$(ENV_ID)__$(SEED)
@@ -13,8 +14,9 @@ quickstart: $(STAMP)  ## the whole of LAPO, small, on two CPU cores (about 10 mi
 	PYTHON=$(BIN)python SEED=$(SEED) ./quickstart.sh $(ENV_ID)
 
 pictures: $(STAMP)  ## the README's pictures, from a finished quickstart
-	$(BIN)python lapo_inspect.py --env-id $(ENV_ID) --seed $(SEED) --runs-dir $(QUICKSTART) --data-dir $(QUICKSTART)/data --num-starts 1 --overwrite
-	$(BIN)python benchmark/readme_pictures.py --env-id $(ENV_ID) --runs-dir $(QUICKSTART)
+	$(BIN)python lapo_inspect.py --env-id $(ENV_ID) --seed $(SEED) --runs-dir $(QUICKSTART) \
+		--data-dir $(QUICKSTART)/data --num-starts 1 --overwrite
+	$(BIN)python benchmark/readme_pictures.py --env-id $(ENV_ID) --seed $(SEED) --runs-dir $(QUICKSTART)
 
 test: $(STAMP)
 	$(BIN)python -m pytest tests -q -n auto

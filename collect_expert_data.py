@@ -223,7 +223,8 @@ def collect(act, env, T, folder, run, step):
 
 def load_checkpoint(path, made_by, parts, args):
     """A finished checkpoint of this game with these parts, on the CPU; refuses all else in one sentence."""
-    if (unfinished := Path(path).with_name("resume.pt")).exists():
+    unfinished = Path(path).with_name("resume.pt")
+    if unfinished.exists() and not unfinished.with_name("results.json").exists():
         path = unfinished
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -365,9 +366,8 @@ if __name__ == "__main__":
         sys.exit("error: --num-envs must be 1 or more, --eval-episodes 2 or more")
     if min(args.num_train_frames, args.num_test_frames) < 3 * args.num_envs:
         sys.exit("error: --num-train-frames and --num-test-frames must be 3 (a window) x --num-envs or more")
-    default = f"{args.runs_dir}/{args.env_id}__ppo_procgen__{args.seed}/checkpoint.pt"
-    parts = ["agent", "num_levels", "start_level"]  # the last two tell it from a fine-tuned agent
-    expert = load_checkpoint(args.expert_checkpoint or default, "ppo_procgen", parts, args)
+    path = args.expert_checkpoint or f"{args.runs_dir}/{args.env_id}__ppo_procgen__{args.seed}/checkpoint.pt"
+    expert = load_checkpoint(path, "ppo_procgen", ["agent", "num_levels", "start_level"], args)
     num_levels, start_level = expert["num_levels"], expert["start_level"]
     device = (torch.accelerator.current_accelerator(True) if args.cuda else None) or torch.device("cpu")
 

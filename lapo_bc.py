@@ -174,7 +174,8 @@ def get_windows(frames, t, device):
 
 def load_checkpoint(path, made_by, parts, args):
     """A finished checkpoint of this game with these parts, on the CPU; refuses all else in one sentence."""
-    if (unfinished := Path(path).with_name("resume.pt")).exists():
+    unfinished = Path(path).with_name("resume.pt")
+    if unfinished.exists() and not unfinished.with_name("results.json").exists():
         path = unfinished
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,13 +1,11 @@
-"""The dataset: alignment against a replay in the simulator, windows against a slow loop, returns, memory."""
+"""The dataset: alignment against a replay in the simulator, windows against a slow loop, returns."""
 
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ENV_ID, ROOT, collect, pretrain
+from conftest import ENV_ID, collect, pretrain
 
 NUM_ENVS, T = 8, 120
 LEVELS = (8, 3, 7)  # num_levels, start_level, seed
@@ -24,7 +22,7 @@ def fake_run():
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory):
-    """960 frames of random play by collect(), as arrays, beside what it was shown and the returns it gave back."""
+    """960 frames of random play by collect(), as arrays, beside what it was shown."""
     rng, seen = np.random.default_rng(0), []
 
     def act(obs):
@@ -33,9 +31,9 @@ def played(tmp_path_factory):
 
     split_dir = tmp_path_factory.mktemp("collected") / "train"
     env = collect.make_env(ENV_ID, NUM_ENVS, *LEVELS)
-    returned = collect.collect(act, env, T, split_dir, fake_run(), 0)
+    collect.collect(act, env, T, split_dir, fake_run(), 0)
     env.close()
-    return SimpleNamespace(**vars(load(split_dir)), seen=np.array(seen), returned=returned)
+    return SimpleNamespace(**vars(load(split_dir)), seen=np.array(seen))
 
 
 def by_env(rows):
@@ -43,20 +41,18 @@ def by_env(rows):
     return rows.reshape(NUM_ENVS, T, *rows.shape[1:])
 
 
-def test_dataset_shapes(played):
-    """The five arrays have the documented shapes and dtypes."""
-    n = NUM_ENVS * T
-    dtypes = dict(zip(ARRAYS, (np.uint8, bool, np.int8, np.float32, np.float32)))
-    for name, dtype in dtypes.items():
-        shape = (n, 64, 64, 3) if name == "frames" else (n,)
-        assert (getattr(played, name).shape, getattr(played, name).dtype) == (shape, dtype), name
+def test_rows(played):
+    """Documented shapes and dtypes; env e fills rows e*T .. e*T+T-1 with what it showed."""
+    for name, dtype in zip(ARRAYS, (np.uint8, bool, np.int8, np.float32, np.float32)):
+        array, shape = getattr(played, name), (64, 64, 3) if name == "frames" else ()
+        assert (array.shape, array.dtype) == ((NUM_ENVS * T, *shape), dtype), name
+    assert np.array_equal(by_env(played.frames), played.seen.swapaxes(0, 1))
+    assert by_env(played.first)[:, 0].all() and not played.first.all()
 
 
 def test_alignment_in_a_simulator_replay(played):
-    """Stepping the stored a_t from the state at row t gives row t's reward and frame t+1; other actions do not."""
-    frames, first, actions, rewards = map(
-        by_env, (played.frames, played.first, played.actions, played.rewards)
-    )
+    """Stepping the stored a_t from the state at row t gives row t's reward and frame t+1; others do not."""
+    frames, first, actions, rewards = (by_env(getattr(played, name)) for name in ARRAYS[:4])
     env = collect.make_env(ENV_ID, NUM_ENVS, *LEVELS)
     differing = 0
     for t in range(T - 1):
@@ -74,12 +70,6 @@ def test_alignment_in_a_simulator_replay(played):
     env.close()
     assert differing > 100  # of 12 * 4 * 8: a shifted action would have been caught
     assert (played.rewards != 0).sum() > 5 and first[:, 1:].sum() > 5
-
-
-def test_rows_are_env_major(played):
-    """Env e fills rows e*T .. e*T+T-1 with what it showed, and the joins between envs are marked first."""
-    assert np.array_equal(by_env(played.frames), played.seen.swapaxes(0, 1))
-    assert by_env(played.first)[:, 0].all() and not played.first.all()
 
 
 class ScriptedEnv:
@@ -100,7 +90,7 @@ class ScriptedEnv:
 
 
 def test_collect_on_a_scripted_game(tmp_path):
-    """On a game known by heart every row of every file is right; a return is its whole episode's, NaN if cut off."""
+    """On a game known by heart every row of every file is right; returns are NaN where a game is cut off."""
     folder = tmp_path / "train"
     returned = collect.collect(lambda obs: obs[:, 0, 0, 0] % 15, ScriptedEnv(), 8, folder, fake_run(), 0)
     got, t, nan = load(folder), np.arange(8), np.nan
@@ -120,7 +110,7 @@ def slow_windows(first):
 
 
 def test_no_window_crosses_an_episode(tmp_path, pipeline):
-    """load_dataset's windows equal a slow loop's, on written-down episodes and on the toy data; none is lost."""
+    """load_dataset's windows equal a slow loop's, on episodes written down here and on the toy data."""
     first = {"train": [1, 0, 0, 0, 1, 0, 1, 1, 0, 0, 1, 0, 0], "test": [1, 0, 0, 0, 0]}
     for split in first:
         (tmp_path / split).mkdir()
@@ -139,16 +129,14 @@ def test_no_window_crosses_an_episode(tmp_path, pipeline):
 
 
 def test_meta_describes_the_dataset(pipeline):
-    """meta.json alone plays every frame, reward and episode start of the test split again."""
+    """With the actions, meta.json plays every frame, reward and episode start of the test split again."""
     meta = json.loads((pipeline.data / "meta.json").read_text())
-    assert (meta["format_version"], meta["env_id"], meta["num_levels"], meta["start_level"]) == (1, ENV_ID, 16, 0)
-    assert meta["identity"] and meta["demonstrator"]["episodes"] == 8
+    assert [meta[key] for key in ("env_id", "num_levels", "start_level")] == [ENV_ID, 16, 0]
+    assert meta["format_version"] == 1 and meta["identity"] and meta["demonstrator"]["episodes"] == 8
     assert {s: meta["splits"][s]["num_frames"] for s in meta["splits"]} == {"train": 2000, "test": 400}
     split, stored = meta["splits"]["test"], load(pipeline.data / "test")
-    E = split["num_envs"]
-    frames, first, actions, rewards = (
-        x.reshape(E, -1, *x.shape[1:]) for x in (stored.frames, stored.first, stored.actions, stored.rewards)
-    )
+    E, arrays = split["num_envs"], (getattr(stored, name) for name in ARRAYS[:4])
+    frames, first, actions, rewards = (x.reshape(E, -1, *x.shape[1:]) for x in arrays)
     env = collect.make_env(ENV_ID, E, split["num_levels"], split["start_level"], split["seed"])
     for t in range(frames.shape[1]):
         _, obs, began = env.observe()
@@ -160,7 +148,7 @@ def test_meta_describes_the_dataset(pipeline):
 
 
 class LengthsEnv:
-    """Three games with episodes of given lengths; each step earns 1, and the last 100 times the game's number."""
+    """Three games with episodes of given lengths; a step earns 1, the last one 100 x the game's number."""
 
     num, lengths = 3, ((2, 7), (5, 1), (3, 3))
 
@@ -184,7 +172,7 @@ class LengthsEnv:
 
 
 def test_evaluate_counts_every_episode_once():
-    """The next episode goes to the env that is free first; returns are in their order; idle envs are not asked."""
+    """The next episode goes to the env that is free first; returns are in order; idle envs are not asked."""
     env, asked = LengthsEnv(), []
 
     def act(obs, episode):
@@ -195,29 +183,3 @@ def test_evaluate_counts_every_episode_once():
     assert asked == [[0, 1, 2]] * 2 + [[3, 1, 2]] + [[3, 1, 4]] * 2 + [[3, 5, 4]] + [[3]] * 3
     assert [a.tolist() for a in env.actions] == [[1, 2, 3]] * 6 + [[1, 0, 0]] * 3
     assert collect.evaluate(act, LengthsEnv(), 4).tolist() == [2, 105, 203, 7]
-
-
-def test_collecting_keeps_memory_flat(tmp_path):
-    """Collecting 32,000 frames (390 MB on disk) needs hardly more memory than collecting 3,200."""
-    code = """
-import sys
-from pathlib import Path
-import numpy as np
-from collect_expert_data import collect, make_env
-from types import SimpleNamespace
-run = SimpleNamespace(writer=SimpleNamespace(add_scalar=lambda *_: None), began=0.0)
-rng = np.random.default_rng(0)
-for T in (200, 2000):
-    env, folder = make_env(sys.argv[2], 16, 0, 0, 1), Path(sys.argv[1]) / str(T)
-    collect(lambda obs: rng.integers(15, size=16).astype(np.int32), env, T, folder, run, 0)
-    env.close()
-    size = (folder / "frames.npy").stat().st_size
-    (folder / "frames.npy").unlink()
-    peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))  # kB, so far
-    print(size, int(peak.split()[1]) * 1024)
-"""
-    command = [sys.executable, "-c", code, tmp_path, ENV_ID]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    (small, before), (large, after) = ([int(x) for x in line.split()] for line in done.stdout.splitlines())
-    assert large - small > 330e6 and after - before < 60e6

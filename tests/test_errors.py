@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    ENV_ID, FRESH, INPUT, READERS, STAGES, TOY, inline, link_tree, load, refusal, replace, run_dir, snapshot, start,
+    ENV_ID, FRESH, INPUT, READERS, STAGES, TOY, link_tree, load, refusal, replace, run_dir, snapshot, start,
 )  # fmt: skip
 from procgen.env import ENV_NAMES
 
@@ -34,7 +34,7 @@ def test_unknown_game(refuse, stage):
 
 @pytest.mark.parametrize("stage", INPUT)
 def test_bad_checkpoints(refuse, work, pipeline, stage):
-    """Missing, empty, garbage, truncated, of another stage, game or format: the way to a good one is named."""
+    """Missing, empty, garbage, truncated, of another stage, game, format: the way to a good one is named."""
     flag, maker = INPUT[stage]
     good, whole = load(pipeline.checkpoints[maker]), pipeline.checkpoints[maker].read_bytes()
     garbage = np.random.default_rng(0).bytes(1000)
@@ -55,16 +55,13 @@ def test_bad_checkpoints(refuse, work, pipeline, stage):
 
 
 def test_bad_datasets(refuse, work):
-    """Missing, truncated, of other shapes, types or games: refused with the folder and the way to a good one."""
+    """Missing, truncated, of other shapes, types or games: the folder and the way to a good one are named."""
     data = work / "data" / ENV_ID
     kept, meta = link_tree(data, work / "kept"), json.loads((data / "meta.json").read_text())
     frames = (data / "train" / "frames.npy").read_bytes()
-    for name, array in (
-        ("short", np.zeros(1999, dtype=bool)),
-        ("alone", np.ones(2000, dtype=bool)),
-        ("float", np.zeros((2000, 64, 64, 3), dtype=np.float16)),
-    ):
-        np.save(work / f"{name}.npy", array)
+    np.save(work / "short.npy", np.zeros(1999, dtype=bool))
+    np.save(work / "alone.npy", np.ones(2000, dtype=bool))
+    np.save(work / "float.npy", np.zeros((2000, 64, 64, 3), dtype=np.float16))
     for path, content, words in (
         ("train/frames.npy", frames[: len(frames) // 2], ""),
         ("train/frames.npy", b"no frames here", ""),
@@ -110,26 +107,6 @@ def test_impossible_flags(refuse, stage, flags):
     """A flag that cannot work is refused by its name or its value."""
     message, (flag, *values) = refuse(stage, *flags.split()), flags.split()
     assert flag in message or flag[5:] in message or all(value in message for value in values)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_unknown_flags(work, stage, capsys):
-    """Flags of before the redesign, or misspelt ones, end with status 2 and their name."""
-    for flag in ("--resume", "--track", "--learning-rat"):
-        with pytest.raises(SystemExit) as caught:
-            inline(work, stage, *TOY[stage], flag)
-        assert caught.value.code == 2 and flag in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_folder_that_cannot_be_made(work, pipeline, stage):
-    """A run folder that cannot be made is refused by its name."""
-    (work / "file").write_text("no folder")
-    flags = ["--runs-dir", "file/runs"] + ["--data-dir", "fresh"] * (stage == "collect_expert_data")
-    if stage in INPUT:
-        flag, maker = INPUT[stage]
-        flags += [flag, pipeline.checkpoints[maker]]
-    assert "file/runs" in refusal(work, stage, *TOY[stage], *flags)
 
 
 def test_errors_reach_the_shell(pipeline):

@@ -1,4 +1,4 @@
-"""The networks: sizes, the quantiser against a slow copy, what the forward dynamics model sees, decoders, probe."""
+"""The networks: sizes, the quantiser against a slow copy, what the FDM sees, decoders, the probe."""
 
 from types import SimpleNamespace
 
@@ -36,40 +36,15 @@ def count(*modules):
     return sum(p.numel() for module in modules for p in module.parameters())
 
 
-@pytest.mark.parametrize(
-    "network, parameters",
-    [
-        (lambda: pretrain.IDM(4, 128), 3_685_376),
-        (lambda: pretrain.FDM(128, 24), 7_814_139),
-        (lambda: bc.LatentPolicy(4, 128), 3_682_177),
-        (lambda: ppo.Agent(4), 3_653_136),
-        (lambda: ppo.Agent(1), 626_256),
-    ],
-)
-def test_parameter_counts(network, parameters):
-    """The networks have the paper's numbers of parameters."""
-    assert count(network()) == parameters
-
-
-def test_parameter_count_of_the_finetuned_agent():
-    """What PPO could train is as large as an agent from scratch; beside it lie the frozen head and the decoder."""
+def test_parameter_counts():
+    """The paper's numbers; a fine-tuned agent has those of one from scratch, and its frozen branch."""
+    assert count(pretrain.IDM(4, 128)) == 3_685_376 and count(pretrain.FDM(128, 24)) == 7_814_139
+    assert count(bc.LatentPolicy(4, 128)) == 3_682_177
+    assert count(ppo.Agent(4)) == 3_653_136 and count(ppo.Agent(1)) == 626_256
     agent = finetune.FinetunedAgent(4, 1, 128, (192, 128, 64))
     assert count(agent.network, agent.actor, agent.critic) == 3_653_136
     assert count(agent) == 3_653_136 + count(agent.frozen_fc, agent.latent_head, agent.decoder)
     assert count(agent.frozen_fc, agent.latent_head) == 8192 * 256 + 256 + 256 * 128 + 128
-
-
-@pytest.mark.parametrize("patch_size", [1, 2, 4])
-def test_shapes(patch_size):
-    """Latents are (B, latent_dim), frames (B, 3, 64, 64) within +-0.5, logits (B, 15)."""
-    torch.manual_seed(0)
-    windows, obs = torch.rand(2, 9, 64, 64) - 0.5, torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8)
-    z = pretrain.IDM(0.25, 8, patch_size)(windows)
-    out = pretrain.FDM(8, 4, patch_size=patch_size)(windows[:, :6], z)
-    logits, value = ppo.Agent(0.25, patch_size)(obs)
-    assert z.shape == bc.LatentPolicy(0.25, 8, patch_size)(obs).shape == (2, 8)
-    assert (out.shape, logits.shape, value.shape) == ((2, 3, 64, 64), (2, 15), (2,))
-    assert 0 < out.std() and out.abs().max() <= 0.5
 
 
 def test_vq_initial_codes():
@@ -97,9 +72,16 @@ def test_vq_against_slow_version():
 
 @pytest.mark.parametrize("decay", [0.999, 0.9])
 def test_vq_moving_averages(decay):
-    """Counts, sums and codes follow the EMA with Laplace smoothing; a step quantises with the codes before it."""
-    vq = make_vq(decay).train()
-    codes, counts, sums = vq.codes.double().numpy().copy(), np.ones((N, K)), vq.codes.double().numpy().copy()
+    """Counts, sums, codes follow the EMA, Laplace-smoothed; a step quantises with the codes before it.
+
+    In eval mode none of them moves.
+    """
+    vq = make_vq(decay).eval()
+    before = {k: v.clone() for k, v in vq.state_dict().items()}
+    vq(torch.randn(16, N * H * D))
+    assert all(torch.equal(before[k], v) for k, v in vq.train().state_dict().items())
+    codes = vq.codes.double().numpy().copy()
+    counts, sums = np.ones((N, K)), codes.copy()
     for _ in range(5):
         z = torch.randn(16, N * H * D) * 0.1
         out = vq(z)[0]
@@ -119,18 +101,8 @@ def test_vq_moving_averages(decay):
         np.testing.assert_allclose(vq.codes.numpy(), codes, atol=1e-6)
 
 
-def test_vq_rests_in_eval_mode():
-    """In eval mode the codebooks do not move; the same batch in training mode moves them."""
-    vq, z = make_vq(), torch.randn(16, N * H * D)
-    before = {k: v.clone() for k, v in vq.state_dict().items()}
-    vq.eval()(z)
-    assert all(torch.equal(before[k], v) for k, v in vq.state_dict().items())
-    vq.train()(z)
-    assert not any(torch.equal(before[k], v) for k, v in vq.state_dict().items())
-
-
 def test_vq_gradients():
-    """The gradient passes straight through; the loss pulls with 0.05 * 2 (z - code) / numel; none reaches codes."""
+    """Straight through; the loss pulls with 0.05 * 2 (z - code) / numel; no gradient reaches the codes."""
     vq = make_vq().train()
     z, w = (torch.randn(8, N * H * D) * 0.1).requires_grad_(), torch.randn(8, N * H * D)
     code = slow_vq(z.detach().double().numpy(), vq.codes.double().numpy())[0]
@@ -142,7 +114,7 @@ def test_vq_gradients():
 
 
 def test_vq_computes_in_float32():
-    """In a bfloat16 run predict() quantises in float32: what the FDM is given are the codebook's own values."""
+    """In a bfloat16 run predict() quantises in float32: the FDM is given the codebook's own values."""
     torch.manual_seed(0)
     idm, vq, given = pretrain.IDM(0.25, 128), make_vq().eval(), []
 
@@ -159,7 +131,7 @@ def test_vq_computes_in_float32():
 
 @pytest.mark.parametrize("predict_change", [False, True])
 def test_fdm_sees_the_future_through_the_latent_only(predict_change):
-    """With the latent held fixed no gradient reaches o_{t+1}; through the IDM, which sees all frames, it does."""
+    """With the latent held fixed no gradient reaches o_{t+1}; through the IDM, which sees it, one does."""
     torch.manual_seed(0)
     idm, fdm = pretrain.IDM(0.25, 8), pretrain.FDM(8, 4, predict_change)
     if predict_change:
@@ -175,7 +147,7 @@ def test_fdm_sees_the_future_through_the_latent_only(predict_change):
 
 
 def test_predict_change_starts_at_copying():
-    """With predict_change an untrained FDM returns o_t exactly, whatever the latent; without it, it does not."""
+    """With predict_change an untrained FDM returns o_t exactly, whatever the latent; otherwise not."""
     torch.manual_seed(0)
     frames, z = torch.rand(4, 6, 64, 64) - 0.5, torch.randn(4, 8)
     assert torch.equal(pretrain.FDM(8, 4, predict_change=True)(frames, z), frames[:, 3:])
@@ -184,7 +156,7 @@ def test_predict_change_starts_at_copying():
 
 @pytest.mark.parametrize("size", [64, 5, 3])
 def test_first_conv_is_the_plain_convolution(size):
-    """The 3x3 map gives the convolution of frames and broadcast latent: values, and gradients of all inputs."""
+    """The 3x3 map gives the convolution of frames and broadcast latent: values, gradients of all inputs."""
     torch.manual_seed(0)
     fdm = pretrain.FDM(8, 4).double()
     conv = fdm.down_convs[0]
@@ -200,9 +172,9 @@ def test_first_conv_is_the_plain_convolution(size):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("patch_size", [1, 2])
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
 def test_fdm_against_the_papers_words(patch_size):
-    """The U-Net written out layer by layer: z joined twice, skips, head, and no activation after the bottleneck.
+    """The U-Net written out: z joined twice, skips, head, and no activation after the bottleneck.
 
     The bottleneck's outputs are mostly negative here, so that a ReLU behind it would show.
     """
@@ -222,7 +194,7 @@ def test_fdm_against_the_papers_words(patch_size):
     for conv, (norm, block, *_) in zip(fdm.down_convs, fdm.down_blocks):
         x = F.relu(F.max_pool2d(residual(block, norm(conv(x))), 2))
         skips.append(x)
-    assert x.shape[2:] == (2, 2) and len(skips) == (5 if patch_size == 1 else 4)
+    assert x.shape[2:] == (2, 2) and len(skips) == {1: 5, 2: 4, 4: 3}[patch_size]
     x = fdm.bottleneck(x)
     assert x.shape == (2, 2 * skips[-1].shape[1], 1, 1) and 0.5 < (x < 0).float().mean() < 1
     skips.append(broadcast(1))
@@ -233,10 +205,15 @@ def test_fdm_against_the_papers_words(patch_size):
     torch.testing.assert_close(fdm(frames, z), torch.tanh(F.pixel_shuffle(x, patch_size)) / 2)
 
 
+def obs_to_input(obs):
+    """(B, 64, 64, 3) uint8 -> (B, 3, 64, 64) in [-0.5, 0.5]."""
+    return torch.from_numpy(obs.numpy().transpose(0, 3, 1, 2).astype(np.float32) / 255 - 0.5)
+
+
 def test_networks_normalise_uint8_frames():
-    """Networks that take uint8 frames (B, 64, 64, 3) feed x / 255 - 0.5, channels first, to the convolutions."""
+    """Networks that take uint8 frames (B, 64, 64, 3) feed x / 255 - 0.5, channels first, to convolutions."""
     obs = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8)
-    x = torch.from_numpy(obs.numpy().transpose(0, 3, 1, 2).astype(np.float32) / 255 - 0.5)
+    x = obs_to_input(obs)
     policy, scratch, agent = bc.LatentPolicy(0.25, 8), decode.ScratchPolicy(0.25), ppo.Agent(0.25)
     tuned = finetune.FinetunedAgent(0.25, 1, 8, (16,))
     torch.testing.assert_close(policy(obs), policy.head(policy.network(x)))
@@ -247,9 +224,8 @@ def test_networks_normalise_uint8_frames():
 
 def test_heads_start_small():
     """Fine-tuning starts with logits of 0, the decoder's included; PPO with CleanRL's deviation of 0.01."""
-    obs = torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8)
     tuned, agent = finetune.FinetunedAgent(0.25, 1, 8, (16,)), ppo.Agent(0.25)
-    features = tuned.features(obs)
+    features = torch.rand(4, tuned.network.fc.in_features)
     assert (tuned(features, tuned.decoder_logits(features))[0] == 0).all()
     np.testing.assert_allclose(agent.actor.weight.detach().norm(dim=1).numpy(), 0.01, rtol=1e-4)
     assert (agent.actor.bias == 0).all() and (agent.critic.bias == 0).all()
@@ -264,7 +240,7 @@ def separable(n, seed, dim=8):
 
 
 def test_linear_probe():
-    """Ridge regression on class-weighted +-1 targets, first half to second: perfect, at chance and in between."""
+    """Ridge regression on class-weighted +-1 targets, first half to second: perfect, chance, in between."""
     z, a = separable(900, 1, 16)
     assert pretrain.linear_probe(z, a) == 1
     rng = np.random.default_rng(0)
@@ -280,9 +256,10 @@ def test_linear_probe():
 
 
 def test_measures_on_test_windows(monkeypatch):
-    """measure(): losses over all windows, whatever the pieces' sizes, the share of units not dead, latents."""
+    """measure(): losses over all windows, whatever the pieces' sizes, the share of living units, latents."""
     torch.manual_seed(0)
-    idm, vq, fdm = pretrain.IDM(0.25, 16), pretrain.VQ(2, 4, 2, 64, 0.05, 0.999).eval(), pretrain.FDM(16, 4).eval()
+    idm, vq, fdm = pretrain.IDM(0.25, 16), pretrain.VQ(2, 4, 2, 64, 0.05, 0.999), pretrain.FDM(16, 4)
+    torch.nn.ModuleList([vq, fdm]).eval()
     coarse = np.random.default_rng(0).integers(256, size=(530, 8, 8, 3)).astype(np.uint8)
     frames, t = coarse.repeat(8, axis=1).repeat(8, axis=2), np.arange(1, 529)  # pieces of 512 and 16
     found, z = pretrain.measure(idm, vq, fdm, frames, t, "cpu", FLOAT32)
@@ -301,12 +278,16 @@ def test_measures_on_test_windows(monkeypatch):
 
 @pytest.mark.parametrize("sl", [True, False])
 def test_logits_of_the_finetuned_agent(sl):
-    """logits = (RL logits + decoder logits) / 2; without the decoder, the RL logits."""
+    """(RL logits + decoder logits) / 2, the decoder's of the cloned policy's latent; without, RL logits."""
     torch.manual_seed(0)
+    policy, obs = bc.LatentPolicy(0.25, 8), torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8)
     agent = finetune.FinetunedAgent(0.25, 1, 8, (16,), sl)
-    torch.nn.init.normal_(agent.actor.weight)
-    features, decoder_logits = torch.randn(4, agent.network.fc.in_features), torch.randn(4, 15)
-    rl_logits = agent.actor(torch.relu(agent.network.fc(features)))
+    agent.load_policy(policy.state_dict())
+    for layer in (agent.actor, agent.decoder.mlp[-1]):
+        torch.nn.init.normal_(layer.weight)
+    rl_logits = agent.actor(policy.network(obs_to_input(obs)))
+    features, decoder_logits = agent.features(obs), agent.decoder(policy(obs))
+    torch.testing.assert_close(agent.decoder_logits(features), decoder_logits)
     wanted = (rl_logits + decoder_logits) / 2 if sl else rl_logits
     torch.testing.assert_close(agent(features, decoder_logits)[0], wanted)
 
@@ -323,7 +304,7 @@ def test_decoder_standardises_latents():
 
 
 def test_decoded_policy():
-    """The paper's form is decoder(pi(o)); ours sees pi(o) and the features that pi's last layer is applied to."""
+    """The paper's form is decoder(pi(o)); ours sees pi(o) and the features of pi's last layer, too."""
     torch.manual_seed(0)
     policy, obs = decode.LatentPolicy(0.25, 8), torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8)
     decoder, wide = decode.Decoder(8, (16,)), decode.Decoder(8 + 256, (16,))
@@ -335,10 +316,9 @@ def test_decoded_policy():
 
 
 def test_online_decoder_refit_starts_afresh():
-    """fit_decoder forgets the former weights, learns what can be learnt, says how well, and leaves it frozen."""
-    args = SimpleNamespace(
-        decoder_learning_rate=1e-3, decoder_epochs=3, decoder_batch_size=512, label_smoothing=0.05
-    )
+    """fit_decoder forgets the former weights, learns what can be learnt, says how well, and stays frozen."""
+    names = "decoder_learning_rate", "decoder_epochs", "decoder_batch_size", "label_smoothing"
+    args = SimpleNamespace(**dict(zip(names, (1e-3, 3, 512, 0.05))))
     z, a = map(torch.from_numpy, separable(8000, 1))
     fitted = []
     for seed in (1, 2):
@@ -356,7 +336,7 @@ def test_online_decoder_refit_starts_afresh():
 
 
 def test_offline_fit(monkeypatch):
-    """fit() nears the least cross-entropy that smoothed labels allow; its rate falls linearly, the last 1/n."""
+    """fit() nears the least cross-entropy that smoothed labels allow; its rate falls linearly to 0."""
     rates, step = [], torch.optim.AdamW.step
 
     def noting(self):

@@ -81,7 +81,7 @@ def test_windows(tmp_path):
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("stored_features", [False, True])
 def test_ppo_update(stored_features, bf16):
-    """Channels-last, bfloat16, micro-batches and stored features give a plain minibatch's loss and gradients."""
+    """Channels-last, bfloat16, micro-batches and stored features give a plain minibatch's loss."""
     g = torch.Generator().manual_seed(0)
     obs, actions = torch.from_numpy(random_frames(50)), torch.randint(15, (50,), generator=g)
     noise, advantages, returns, values = torch.randn(4, 50, generator=g)

@@ -37,7 +37,7 @@ def test_gae_against_its_definition(seed):
 
 
 def test_reward_normalizer_against_full_history():
-    """Rewards over the deviation of all discounted returns so far (and 1e-4 of a unit normal), clipped to +-10.
+    """Rewards over the deviation of all discounted returns so far (1e-4 of a unit normal among them), clipped.
 
     A copy by state_dict goes on with the same numbers.
     """
@@ -64,7 +64,7 @@ def test_reward_normalizer_against_full_history():
 
 @pytest.mark.parametrize("clip_vloss", [True, False])
 def test_ppo_loss_sample_by_sample(clip_vloss):
-    """The clipped loss of (logits, values) equals a sum over samples, and so do the numbers that are logged."""
+    """The clipped loss equals a sum over samples, and so do the numbers that are logged."""
     g = torch.Generator().manual_seed(0)
     n, args = 64, SimpleNamespace(clip_coef=0.2, clip_vloss=clip_vloss, ent_coef=0.01, vf_coef=0.5)
     logits, actions = torch.randn(n, 15, generator=g), torch.randint(15, (n,), generator=g)

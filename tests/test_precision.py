@@ -1,4 +1,4 @@
-"""Precision by measurement: faked timings, forced choices, other devices, a CPU without bfloat16, resumed runs."""
+"""Precision by measurement: faked timings, forced choices, other devices, resumed runs, old CPUs."""
 
 from types import SimpleNamespace  # noqa: I001
 
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def fake_timer(patch, owner, *medians):
-    """Timer whose measurements are these, in order; what they measured is run once, and its precision noted."""
+    """A Timer with these measurements; what is measured is run once, and its precision noted."""
     times, measured = iter(medians), []
 
     class Timer:
@@ -63,10 +63,10 @@ def test_forced(monkeypatch, capsys, bf16):
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
-@pytest.mark.parametrize("device, has, bf16", [("cuda", True, True), ("cuda", False, False), ("mps", True, False)])
+@pytest.mark.parametrize("device, has, bf16", [("cuda", 1, True), ("cuda", 0, False), ("mps", 1, False)])
 def test_accelerators(monkeypatch, device, has, bf16):
     """CUDA takes bfloat16 where it has it without emulation; other accelerators run in float32."""
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bool(has))
     monkeypatch.setattr(torch, "autocast", lambda device, dtype, enabled: enabled)
     args = SimpleNamespace(bf16=None, env_id=ENV_ID)
     assert pretrain.choose_precision(args, torch.device(device), None) is args.bf16 is bf16

@@ -20,7 +20,7 @@ QUICK = STAGES[1:5]
 
 
 def copy_quickstart(folder, python):
-    """quickstart.sh and coinrun's demonstrator in a folder of their own, and a script that it takes for Python."""
+    """quickstart.sh and coinrun's demonstrator in a folder of their own, and a script in Python's place."""
     (folder / "experts").mkdir()
     shutil.copy(ROOT / "experts" / "coinrun.pt", folder / "experts")
     shutil.copy(ROOT / "quickstart.sh", folder)
@@ -38,7 +38,7 @@ def test_a_game_without_demonstrator(tmp_path):
 
 
 def test_what_is_finished_is_skipped_or_made_anew(tmp_path):
-    """A finished stage is skipped while the pipeline is unfinished; a finished pipeline is made anew, all of it."""
+    """A finished stage is skipped while the pipeline is unfinished; a finished pipeline is made anew."""
     # notes what it is asked to run; makes its results.json, unless it is to end as one that SIGTERM stopped
     python = """#!/bin/sh
         echo "$1" >> started
@@ -66,7 +66,7 @@ def test_what_is_finished_is_skipped_or_made_anew(tmp_path):
 
 
 def in_a_terminal(command, cwd, press_ctrl_c_after=None):
-    """Runs a command on a pseudo-terminal, as a user's shell would: exit status, and what the terminal showed."""
+    """Runs a command on a pseudo-terminal, as a shell would: exit status, and what the terminal showed."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(cwd)  # a new terminal has 0 columns and rows: tqdm draws nothing there
@@ -84,7 +84,7 @@ def in_a_terminal(command, cwd, press_ctrl_c_after=None):
 
 
 def test_ctrl_c_stops_the_pipeline_and_the_same_command_goes_on(tmp_path):
-    """Ctrl-C in the second stage: saved, 130, no third stage. The same command goes on with it, and finishes."""
+    """Ctrl-C in the second stage: saved, 130, no third stage. The same command goes on, and finishes."""
     toy = {stage: " ".join(TOY[stage]).replace(f"--env-id {ENV_ID} ", "") for stage in QUICK}
     toy["collect_expert_data"] = toy["collect_expert_data"].split("--expert-checkpoint")[0]
     toy["lapo_pretrain"] += " --num-updates 400 --eval-every 200"
@@ -104,19 +104,12 @@ def test_ctrl_c_stops_the_pipeline_and_the_same_command_goes_on(tmp_path):
     status, shown = in_a_terminal("./quickstart.sh", tmp_path)
     assert status == 0, shown
     assert "== collect_expert_data.py is finished" in shown and "going on in" in shown and "Gym" not in shown
-    results = json.loads((runs / "results.json").read_text())
-    found = {stage: json.loads((runs / f"coinrun__{stage}__1" / "results.json").read_text()) for stage in QUICK}
+    results, found = json.loads((runs / "results.json").read_text()), {}
+    for stage in QUICK:
+        found[stage] = json.loads((runs / f"coinrun__{stage}__1" / "results.json").read_text())
     assert (runs / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert results["stage_seconds"] == {stage: found[stage]["wall_seconds"] for stage in QUICK}
     assert results["curve"] == found["lapo_decode"]["curve"]
-
-
-def test_the_report_needs_finished_stages(tmp_path):
-    """A missing stage is named, with the command that makes it."""
-    command = [sys.executable, str(ROOT / "report.py"), "--env-id", ENV_ID, "--runs-dir", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
-    assert f"{ENV_ID}__collect_expert_data__1" in done.stderr and "collect_expert_data.py" in done.stderr
 
 
 @pytest.mark.parametrize("path", EXPERTS, ids=lambda p: p.stem)

@@ -207,7 +207,7 @@ def test_learning_rates(work, monkeypatch, stage, flags, rates):
 
 
 def test_online_decoder_sees_aligned_transitions_of_one_episode(work, monkeypatch):
-    """A pair is the IDM's latent of three consecutive frames of an episode, and the action at their middle."""
+    """A pair is the IDM's latent of three consecutive frames of an episode and the action at their middle."""
     frames, actions, firsts, latents, fitted, original = [], [], [], {}, [], F.cross_entropy
 
     class Recorder(procgen.ProcgenGym3Env):

@@ -1,167 +1,119 @@
-"""lapo_inspect.py, lapo_play.py and benchmark/ on the toy pipeline: their numbers, pictures, pages and tables."""
+"""lapo_inspect.py, lapo_play.py and benchmark/ on the toy pipeline: numbers, pictures, pages, tables."""
 
 import base64
 import csv
 import http.client
 import json
 import re
-import subprocess
-import sys
 import threading
 from http.server import ThreadingHTTPServer
 from types import SimpleNamespace
 
-import collect_results
 import numpy as np
 import plot
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ENV_ID, ROOT, VARIANTS, inline, link_tree, load, pretrain, refusal, replace, run_dir
+from conftest import ENV_ID, RUNS, inline, link_tree, load, pretrain, refusal, replace, results_of, run_dir
 
 import lapo_inspect
 import lapo_play
 
-STEPS, GROUPS, STARTS = 4, 5, 2
-INSPECT = f"--env-id {ENV_ID} --no-cuda --rollout-steps {STEPS} --num-groups {GROUPS} --num-starts {STARTS}".split()
+INSPECT = f"--env-id {ENV_ID} --no-cuda --rollout-steps 4 --num-groups 5".split()
 PLAY = f"--env-id {ENV_ID} --num-windows 300 --num-labels 200 --num-groups 3 --port 0".split()
-OUT = run_dir("lapo_inspect")
 
 
 def inspect(cwd, *flags):
     """Runs lapo_inspect.py in this process: its globals, its results.json, its report.html and its folder."""
-    found = inline(cwd, "lapo_inspect", *INSPECT, *flags)
-    results, page = json.loads((cwd / OUT / "results.json").read_text()), (cwd / OUT / "report.html").read_text()
-    return SimpleNamespace(**found | {"results": results, "page": page, "folder": cwd / OUT})
+    found, folder = inline(cwd, "lapo_inspect", *INSPECT, *flags), cwd / run_dir("lapo_inspect")
+    more = {"results": results_of(cwd, "lapo_inspect"), "page": (folder / "report.html").read_text()}
+    return SimpleNamespace(**found | more | {"folder": folder, "cwd": cwd})
 
 
 @pytest.fixture(scope="module")
-def tree(pipeline, tmp_path_factory):
-    """The toy pipeline with a report in it."""
-    return link_tree(pipeline.cwd, tmp_path_factory.mktemp("tools") / "work")
-
-
-@pytest.fixture(scope="module")
-def report(tree):
-    return inspect(tree)
+def report(pipeline, tmp_path_factory):
+    return inspect(link_tree(pipeline.cwd, tmp_path_factory.mktemp("tools") / "work"))
 
 
 @pytest.fixture(scope="module")
 def networks(pipeline):
     """The pretrained networks, built by lapo_pretrain.py's classes, and the test split."""
-    checkpoint = load(pipeline.checkpoints["lapo_pretrain"])
-    found = {"idm": pretrain.IDM(0.25, 16), "vq": pretrain.VQ(2, 4, 2, 64, 0.05, 0.999), "fdm": pretrain.FDM(16, 4)}
-    for name, network in found.items():
+    idm, vq, fdm = pretrain.IDM(0.25, 16), pretrain.VQ(2, 4, 2, 64, 0.05, 0.999), pretrain.FDM(16, 4)
+    checkpoint, arrays = load(pipeline.checkpoints["lapo_pretrain"]), ("frames", "first", "actions")
+    for name, network in (("idm", idm), ("vq", vq), ("fdm", fdm)):
         network.load_state_dict(checkpoint[name])
         network.eval().requires_grad_(False)
-    arrays = {name: np.load(pipeline.data / "test" / f"{name}.npy") for name in ("frames", "first", "actions")}
-    return SimpleNamespace(**found, **arrays)
+    arrays = {name: np.load(pipeline.data / "test" / f"{name}.npy") for name in arrays}
+    return SimpleNamespace(idm=idm, vq=vq, fdm=fdm, **arrays)
 
 
-def test_groups_and_actions(report, networks):
-    """Every window is counted once, under its own true action; the latents are lapo_pretrain's; lifts follow."""
+def test_groups_and_codes(report, networks):
+    """Every window is counted once, under its own true action; latents and perplexity are lapo_pretrain's."""
     groups, t = report.results["groups"], report.t["test"]
-    z = networks.vq(networks.idm(pretrain.get_windows(networks.frames, t, "cpu")))[0].numpy()
-    np.testing.assert_allclose(report.latents, z, atol=1e-5)
+    z, _, codes, perplexity = networks.vq(networks.idm(pretrain.get_windows(networks.frames, t, "cpu")))
+    np.testing.assert_allclose(report.latents, z.numpy(), atol=1e-5)
+    assert report.results["perplexity"] == pytest.approx(perplexity.tolist(), rel=1e-4)
+    assert report.results["joint_codes"] == len({tuple(code) for code in codes.flatten(1).tolist()})
     table = np.array(groups["actions"])
-    assert table.shape == (GROUPS, 15) and table.sum() == len(t) == report.results["windows"]
+    assert table.shape == (5, 15) and table.sum() == len(t) == report.results["windows"]
     assert groups["windows"] == table.sum(1).tolist() == sorted(groups["windows"], reverse=True)
     for g, a in np.ndindex(table.shape):
         assert table[g, a] == ((report.group == g) & (networks.actions[t] == a)).sum()
         expected = table[g].sum() * table[:, a].sum() / table.sum()
         assert groups["lift"][g][a] == pytest.approx((table[g, a] + 20) / (expected + 20))
     assert groups["matched_action"] == np.argmax(groups["lift"], axis=1).tolist()
-    for g, nearest in enumerate(groups["nearest_window"]):  # stands for its group: the one nearest to the mean
-        mine = np.flatnonzero(report.group == g)
-        distance = np.linalg.norm(z[mine] - z[mine].mean(0), axis=1)
-        i = list(mine).index(np.searchsorted(t, nearest))
-        assert t[mine[i]] == nearest and distance[i] == pytest.approx(distance.min(), abs=1e-5)
-
-
-def test_use_of_codebooks(report, networks):
-    """Perplexity is the VQ's own, over all windows at once; joint codes are counted as tuples."""
-    windows = pretrain.get_windows(networks.frames, report.t["test"], "cpu")
-    _, _, codes, perplexity = networks.vq(networks.idm(windows))
-    assert report.results["perplexity"] == pytest.approx(perplexity.tolist(), rel=1e-4)
-    assert report.results["joint_codes"] == len({tuple(code) for code in codes.flatten(1).tolist()})
 
 
 def test_rollout_errors(networks):
-    """The first error is the one-step FDM loss, later ones come from fed-back predictions; copying holds o_t."""
+    """The first error is the one-step FDM loss, later ones are of fed-back predictions; copying holds o_t."""
     windows = np.flatnonzero(~networks.first[1:-1] & ~networks.first[2:]) + 1
-    args = networks.idm, networks.vq, networks.fdm, networks.frames, windows, STEPS, torch.device("cpu")
+    args = networks.idm, networks.vq, networks.fdm, networks.frames, windows, 4, torch.device("cpu")
     own, other, copying = lapo_inspect.rollout_errors(*args).values()
-    t = np.arange(1, len(networks.frames) - STEPS, STEPS + 2)  # stretches that do not overlap
-    t = [s for s in t if not networks.first[s : s + STEPS + 1].any()]  # o_{t-1} ... o_{t+T} of one episode
-    assert own.shape == copying.shape == (len(t), STEPS) and len(t) > 10
-    before, now, _ = pretrain.get_windows(networks.frames, np.array(t), "cpu").split(3, dim=1)
-    for step in range(STEPS):
-        true = pretrain.get_windows(networks.frames, np.array(t) + step, "cpu")
+    t = np.arange(1, len(networks.frames) - 4, 4 + 2)  # stretches that do not overlap, each of one episode
+    t = np.array([s for s in t if not networks.first[s : s + 5].any()])
+    assert own.shape == copying.shape == (len(t), 4) and len(t) > 10
+    before, now, _ = pretrain.get_windows(networks.frames, t, "cpu").split(3, dim=1)
+    for step in range(4):
+        true = pretrain.get_windows(networks.frames, t + step, "cpu")
         before, now = now, networks.fdm(torch.cat([before, now], dim=1), networks.vq(networks.idm(true))[0])
         assert own[:, step].mean() == pytest.approx(F.mse_loss(now, true[:, 6:]).item(), rel=1e-3)
         assert own[:, step].mean() != other[:, step].mean()
-        difference = (networks.frames[t].astype(float) - networks.frames[np.array(t) + step + 1]) / 255
+        difference = (networks.frames[t].astype(float) - networks.frames[t + step + 1]) / 255
         assert copying[:, step].mean() == pytest.approx((difference**2).mean(), rel=1e-3)
 
 
-def test_dreams_and_games(report, networks):
-    """Dreams and games start alike; dreams hold a group's latent, games its matched action, from one state."""
-    dream, game = report.kinds["dream"], report.kinds["game"]
-    assert dream.shape == game.shape == (STARTS, GROUPS, STEPS + 1, 64, 64, 3)
-    assert np.abs(dream[:, :, 0].astype(int) - game[:, :, 0]).max() <= 1
-    env, matched = lapo_inspect.make_env(ENV_ID, 16, 16, 0, seed=9), report.results["groups"]["matched_action"]
-    for s, state in enumerate(report.states):
-        last, now = (frame[s * GROUPS : s * GROUPS + 1] for frame in report.start)
-        z = torch.from_numpy(report.latents[report.chosen])
-        for g in range(GROUPS):
-            wanted = networks.fdm(torch.cat([last, now], dim=1), z[g : g + 1])[0]
-            wanted = ((wanted.clamp(-0.5, 0.5) + 0.5) * 255).permute(1, 2, 0).numpy()
-            assert np.abs(dream[s, g, 1] - wanted).max() <= 1
-        env.callmethod("set_state", [state] * 16)
-        over = np.zeros(GROUPS, dtype=bool)
-        for step in range(1, STEPS + 1):
-            env.act(np.resize(matched, 16).astype(np.int32))
-            _, obs, first = env.observe()
-            over |= first[:GROUPS]
-            assert (game[s, ~over, step] == obs["rgb"][:GROUPS][~over]).all()
-    env.close()
-
-
-def test_lift_and_metrics():
-    """Lifts are 1 where nothing depends, high where an action is one group's alone; metrics of known latents."""
-    totals = np.array([30, 60, 90] + [0] * 12)
-    assert lapo_inspect.lift(totals // np.array([[3], [2]]), totals) == pytest.approx(1)
+def test_latent_space_metrics():
+    """Latents and codes that name the action score 1; shuffled actions leave next to nothing; and lifts."""
     table = np.array([[300, 0, 10] + [0] * 12, [0, 300, 10] + [0] * 12])
     lifts = lapo_inspect.lift(table, table.sum(0))
-    assert lifts.argmax(1).tolist() == [0, 1] and lifts[0, 0] == pytest.approx(320 / 170) and lifts[0, 1] < 0.2
-    rng = np.random.default_rng(0)
+    assert lifts.argmax(1).tolist() == [0, 1] and lifts[0, :4] == pytest.approx([320 / 170, 20 / 170, 1, 1])
+    rng, encoded = np.random.default_rng(0), {}
     actions = {split: rng.integers(6, size=300) for split in ("train", "test")}
-    encoded = {}
     for split, a in actions.items():
         z = 9 * np.eye(6)[a] + 0.1 * rng.normal(size=(300, 6))
         encoded[split] = z.astype(np.float32), None, np.stack([a, a // 2], axis=-1)[:, :, None]
     out = lapo_inspect.latent_space_metrics(encoded, actions)
-    assert out["linear_probe"] == out["mlp_probe"] == out["nmi_best_slot"] == 1 and out["cluster_purity"] > 0.9
+    assert out["linear_probe"] == out["mlp_probe"] == out["nmi_best_slot"] == 1
     p = [np.bincount(actions["test"] // k) / 300 for k in (1, 2)]
     whole, half = (-(q * np.log(q)).sum() for q in p)  # entropies; a code that is a function of the action
-    assert out["nmi"] == pytest.approx((1 + half / ((whole + half) / 2)) / 2)
-    shuffled = {split: rng.permutation(a) for split, a in actions.items()}
-    out = lapo_inspect.latent_space_metrics(encoded, shuffled)
+    assert out["nmi"] == pytest.approx((1 + half / ((whole + half) / 2)) / 2) and out["cluster_purity"] > 0.9
+    out = lapo_inspect.latent_space_metrics(encoded, {s: rng.permutation(a) for s, a in actions.items()})
     assert max(out["linear_probe"], out["mlp_probe"], out["cluster_purity"]) < 0.35 and out["nmi"] < 0.1
 
 
 def test_report_stands_alone(report):
-    """Every picture in the folder is in the report, byte for byte, and it refers to nothing outside itself."""
+    """Every picture in the folder is in the report, byte for byte; it refers to nothing outside itself."""
     embedded = re.findall(r'src="data:image/(?:png|gif);base64,([^"]+)"', report.page)
-    names = {"latents.png", "groups.png", "codebooks.png", "rollouts.gif", "rollouts.png", "error.png"}
-    names |= {"lapo_decode.gif", "lapo_finetune_ppo.gif"}
-    assert {path.name for path in report.folder.iterdir()} == names | {"report.html", "results.json"}
+    names = "latents.png groups.png codebooks.png rollouts.gif rollouts.png error.png lapo_decode.gif".split()
+    names += ["lapo_finetune_ppo.gif"]
+    found = {path.name for path in report.folder.iterdir()}
+    assert found == {*names, "report.html", "results.json"}
     assert {base64.b64decode(x) for x in embedded} == {(report.folder / name).read_bytes() for name in names}
     assert not re.search(r"(src|href)\s*=\s*[\"']?(?!data:)\w|url\(|@import|https?:", report.page)
     assert report.results["missing"] == []
-    for metrics in (report.results["latent_space"][of] for of in ("trained", "untrained_idm", "shuffled_actions")):
-        assert all(f"{value:.3f}" in report.page for value in metrics.values())
-    assert "finished report" in refusal(report.folder.parent.parent, "lapo_inspect", *INSPECT)
+    for of in ("trained", "untrained_idm", "shuffled_actions"):
+        assert all(f"{x:.3f}" in report.page for x in report.results["latent_space"][of].values())
+    assert "finished report" in refusal(report.cwd, "lapo_inspect", *INSPECT)
 
 
 def test_report_without_labels_and_vq(pipeline, tmp_path):
@@ -171,28 +123,26 @@ def test_report_without_labels_and_vq(pipeline, tmp_path):
     (tmp_path / "data" / ENV_ID / "test" / "actions.npy").unlink()
     path = tmp_path / run_dir("lapo_pretrain") / "checkpoint.pt"
     checkpoint = load(path)
-    checkpoint["args"]["vq"] = False
-    replace(path, checkpoint)
+    replace(path, checkpoint | {"args": checkpoint["args"] | {"vq": False}})
     report = inspect(tmp_path, "--num-starts", "1", "--rollout-steps", "24")  # an env's stream has 25 frames
     wanted = {"groups", "codebooks", "latent_space", "error", "lapo_decode", "lapo_finetune_ppo"}
     assert set(report.results["missing"]) == wanted and all(name in report.page for name in wanted)
-    assert "game" not in report.kinds and report.results["latent_space"] is None
-    assert not (report.folder / "groups.png").exists()
-
-
-def new_env(level):
-    return lapo_play.make_env(ENV_ID, 1, 16, 0, 1 + level)
+    assert list(report.kinds) == ["dream"] and not (report.folder / "groups.png").exists()
 
 
 @pytest.fixture
 def play(pipeline, monkeypatch):
     """Runs lapo_play.py in this process up to serving; returns its globals."""
     monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", lambda self: None)
-    return lambda *flags, cwd=pipeline.cwd: inline(cwd, "lapo_play", *PLAY, *flags)
+    return lambda *flags: inline(pipeline.cwd, "lapo_play", *PLAY, *flags)
+
+
+def new_env(level):
+    return lapo_play.make_env(ENV_ID, 1, 16, 0, 1 + level)
 
 
 def test_worlds(networks):
-    """A dream's step is the FDM's on its own last two frames; the real game is procgen's, to the episode's end."""
+    """A dream's step is the FDM's on its own last two frames; the real game is Procgen's, to its end."""
     z, world, env = torch.randn(3, 1, 16), lapo_play.World(networks.fdm, new_env), new_env(0)
     frames = [env.observe()[1]["rgb"][0]]
     env.act(np.array([4], dtype=np.int32))  # stay
@@ -205,7 +155,7 @@ def test_worlds(networks):
     world.wake()
     torch.testing.assert_close(torch.cat(world.dream), torch.cat(frames[:2]))
     assert world.frame == 3 and world.errors() == [0, 0]
-    done = 0
+    done = False
     while not done and world.frame < 400:
         last = env.observe()[1]["rgb"][0]
         np.testing.assert_array_equal(world.pictures()[1], last)
@@ -218,32 +168,18 @@ def test_worlds(networks):
 
 
 def test_keys():
-    """Keys that spell one of Procgen's combinations stand for its action; numbers go before letters, and arrows."""
+    """Keys that spell one of Procgen's combinations stand for its action; numbers go first, then letters."""
     for action, combo in enumerate(new_env(0).combos):
         keys = [name.lower() if len(name) == 1 else "Arrow" + name.capitalize() for name in combo]
         assert lapo_play.read_keys(keys, 0) == lapo_play.read_keys(keys[::-1], 0) == ("action", action)
-        assert lapo_play.ACTIONS[action].removeprefix("button ").lower() == (" ".join(combo).lower() or "stay")
+        spelt = " ".join(combo).lower() or "stay"
+        assert lapo_play.ACTIONS[action].removeprefix("button ").lower() == spelt
     for keys, held in (("ArrowRight ArrowLeft", ("action", 4)), ("ArrowUp d 3", ("group", 2))):
         assert lapo_play.read_keys(keys.split(), 3) == held
 
 
-def test_latents_of_actions():
-    """Latents that say left or right, up or down in two dimensions are found, also for a pair without a label."""
-    rng = np.random.default_rng(0)
-    actions = rng.integers(15, size=2000)
-    move = np.where(actions < 9, actions, 4)
-    z = np.stack([move // 3 - 1, move % 3 - 1, actions == 9, 0 * move], axis=1) + 0.3 * rng.normal(size=(2000, 4))
-    labelled = actions[:300] != 0  # no left down
-    z = np.concatenate([z[:300][labelled], z[300:]]).astype(np.float32)
-    latents, told = lapo_play.latents_of_actions(z, actions[:300][labelled])
-    for action in range(9):
-        np.testing.assert_allclose(latents[action, :2], [action // 3 - 1, action % 3 - 1], atol=0.45)
-    assert latents[9, 2] > 0.8 > 0.5 > np.abs(latents[10:, 2]).max() and 0 not in told
-    assert (told[: labelled.sum()] == move[:300][labelled]).mean() > 0.6
-
-
 def test_playing(play):
-    """Arrows give the dream their action's latent, and the game that action; numbers a group's, and its move."""
+    """Arrows give the dream their action's latent, the game that action; numbers a group's, and its move."""
     script = play()
     world, env, keys = script["world"], new_env(0), script["keys"]
     env.act(np.array([4], dtype=np.int32))
@@ -263,22 +199,21 @@ def test_playing(play):
     script["respond"]([], "next")
     assert world.level == 1 and world.frame == 0
 
-
-def test_playing_without_labels(play):
-    """Without labels numbers move the dream, arrows nothing, and the real game stands still."""
-    script = play("--num-labels", "0")
-    first = script["respond"]([], "")
-    assert script["respond"](["ArrowRight"], "") == first and (first["frame"], first["held"]) == (0, "nothing")
+    script = play("--num-labels", "0")  # numbers move the dream, arrows nothing, and the real game stands still
+    first = script["respond"](["ArrowRight"], "")
     answer = script["respond"](["1"], "")
-    assert answer["frame"] == 1 and answer["dream"] != first["dream"] and answer["real"] == first["real"]
+    assert (first["frame"], first["held"]) == (0, "nothing") and answer["frame"] == 1
+    assert answer["dream"] != first["dream"] and answer["real"] == first["real"]
 
 
 def test_server(monkeypatch, play):
     """On this machine alone, by its own names: the page, steps, and a refusal of other pages and paths."""
-    script = play()
+    server = play()["server"]
+    port = server.server_port
+    with pytest.raises(SystemExit, match="cannot be used"):
+        play("--port", port)
     monkeypatch.undo()
-    server = script["server"]
-    port, thread = server.server_port, threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever)
     thread.start()
 
     def request(path, method="POST", **headers):
@@ -292,17 +227,13 @@ def test_server(monkeypatch, play):
             status, page = request("/", "GET", Host=f"{host}:{port}")
             assert status == 200 and f'"game": "{ENV_ID}"' in page
             assert not re.search(r"https?://|src=|@import|{CONFIG}", page)
-        shown = []
-        for _ in range(2):  # the same keys give the same frames again
-            begun = json.loads(request("/step?keys=&command=restart")[1])
-            assert begun["frame"] == 0 and begun["dream"] == begun["real"]
-            shown.append([json.loads(request("/step?keys=ArrowRight,ArrowUp&command=")[1]) for _ in range(3)])
-        assert [[s["dream"] for s in go] for go in shown[:1]] == [[s["dream"] for s in go] for go in shown[1:]]
-        assert len(base64.b64decode(shown[0][2]["real"])) == 64 * 64 * 3 and shown[0][2]["held"] == "right up"
+        begun = json.loads(request("/step?keys=&command=restart")[1])
+        moved = json.loads(request("/step?keys=ArrowRight,ArrowUp&command=")[1])
+        assert begun["frame"] == 0 and begun["dream"] == begun["real"] and moved["held"] == "right up"
+        assert len(base64.b64decode(moved["dream"])) == 64 * 64 * 3 and moved["dream"] != begun["dream"]
         for headers in ({"Host": "evil.example"}, {"Host": "127.0.0.1"}, {"Origin": "http://evil.example"}):
             assert request("/step", **headers)[0] == 403
         assert request("/../../etc/passwd")[0] == request("/step", "GET")[0] == request("/", "POST")[0] == 404
-        assert "cannot be used" in refusal(ROOT, "lapo_play", *PLAY, "--port", port) if False else True
     finally:
         server.shutdown()
         thread.join()
@@ -312,65 +243,43 @@ def test_server(monkeypatch, play):
 @pytest.mark.parametrize("tool, flags", [("lapo_inspect", INSPECT), ("lapo_play", PLAY)])
 def test_refusals(pipeline, tool, flags):
     """Tools refuse what stages refuse, by the same functions, and flags that cannot work."""
+    flags = [*flags, *["--exp-name", "fresh"] * (tool == "lapo_inspect")]
     assert "lapo_pretrain.py" in refusal(pipeline.cwd, tool, *flags, "--seed", "7")
     assert "collect_expert_data.py" in refusal(pipeline.cwd, tool, *flags, "--data-dir", "nowhere")
     assert "--num-groups" in refusal(pipeline.cwd, tool, *flags, "--num-groups", "0")
-
-
-def script(name, *flags, cwd):
-    command = [sys.executable, ROOT / "benchmark" / name, *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 def rows(path):
     return list(csv.DictReader(path.open(newline="")))
 
 
-def test_results_to_tables_and_pictures(pipeline, report, tree, tmp_path):
-    """Every result is one row with results.json's numbers, collected twice or once; plot.py draws from those."""
-    (tree / "runs" / f"{ENV_ID}__ppo_from_scratch__1").mkdir()
-    for path in (tree / run_dir("ppo_procgen")).glob("*.json"):
-        (tree / run_dir("ppo_from_scratch") / path.name).write_bytes(path.read_bytes())
+def test_results_to_tables_and_pictures(pipeline, report, tmp_path):
+    """Every result is one row with results.json's numbers, collected once or twice; plot.py draws them."""
     for _ in range(2):
-        inline(tree, "benchmark/collect_results", "--runs-dir", tree / "runs", "--out", tmp_path)
-        again = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert again == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        inline(report.cwd, "benchmark/collect_results", "--runs-dir", report.cwd / "runs", "--out", tmp_path)
+        found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert found == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     table = {(row["method"], row["n_labels"]): row for row in rows(tmp_path / "runs.csv")}
-    tuned = {name for name in VARIANTS if "finetune" in name}
+    tuned = {name for name in RUNS if "finetune" in name}
     offline = {(m, n) for m in ("lapo_decoder", "cloning_from_scratch") for n in ("16", "32")}
-    alone = {"demonstrator", "random", "ppo_from_scratch", *tuned}
-    assert set(table) == offline | {(method, "") for method in alone}
+    assert set(table) == offline | {(method, "") for method in ("demonstrator", "random", *tuned)}
     for name in tuned:
         wanted, row = pipeline.results[name], table[name, ""]
-        assert int(row["frames"]) == 1024 and float(row["return_mean"]) == pytest.approx(wanted["return_mean"])
+        assert row["frames"] == "1024" and float(row["return_mean"]) == pytest.approx(wanted["return_mean"])
         assert np.mean(plot.returns_of(row)) == pytest.approx(wanted["return_mean"], abs=1e-2)
     for wanted in pipeline.results["lapo_decode"]["curve"]:
         draws = plot.returns_of(table[wanted["method"], str(wanted["n_labels"])])
         assert [d.mean() for d in draws] == pytest.approx(wanted["draws"], abs=1e-2)
     for row in rows(tmp_path / "latent_space.csv"):
         assert float(row["nmi"]) == report.results["latent_space"][row["of"]]["nmi"]
-    done = script("plot.py", "--results", tmp_path, "--scale", "runs", "--resamples", 50, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    pictures = [path for path in tmp_path.glob("*.png")]
+    inline(tmp_path, "benchmark/plot", "--results", tmp_path, "--scale", "runs", "--resamples", "50")
+    pictures = list(tmp_path.glob("*.png"))
     assert pictures and all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
     assert any("demonstrator" in path.read_text() for path in tmp_path.glob("*.md"))
 
 
-def test_a_rerun_replaces_all_of_its_rows(tmp_path):
-    """A run that has fewer points than it had leaves no old ones; other runs stay."""
-    path, keys = tmp_path / "curves.csv", collect_results.KEYS["curves.csv"]
-
-    def points(seed, *frames):
-        common = {"scale": "small", "env_id": "maze", "method": "rl_sl", "seed": seed, "return": seed}
-        return [common | {"frames": f} for f in frames]
-
-    collect_results.merge(path, keys, ["return"], points(1, 100, 200, 300) + points(2, 100))
-    assert collect_results.merge(path, keys, ["return"], points(1, 150)) == 2
-    assert [(row["seed"], row["frames"]) for row in rows(path)] == [("1", "150"), ("2", "100")]
-
-
 def test_intervals():
-    """The bootstrap's spread is that of a mean: of episodes within a seed, and of seeds where those differ."""
+    """The bootstrap's spread is that of a mean: of episodes within a seed, of seeds where those differ."""
     rng = np.random.default_rng(0)
     one = plot.resampled_means([[rng.normal(3, 2, size=400)]], 2000, rng)
     assert one.mean() == pytest.approx(3, abs=0.3) and one.std() == pytest.approx(2 / 20, rel=0.1)
@@ -382,9 +291,8 @@ def test_throughput(tmp_path):
     """throughput.py measures, prints and writes its rows; rows of stages that were not measured stay."""
     out, kept = tmp_path / "t.json", {"stage": "clone", "shapes": "paper", "rate": 7}
     out.write_text(json.dumps({"rows": [kept]}))
-    flags = "--rounds 1 --seconds 0.01 --no-bf16 --stages env load".split()
-    done = script("throughput.py", *flags, "--out", out, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    flags = ["--rounds", "1", "--seconds", "0.01", "--no-bf16", "--stages", "env", "load"]
+    inline(tmp_path, "benchmark/throughput", *flags, "--shapes", "64 games", "batch 32", "--out", out)
     found = json.loads(out.read_text())["rows"]
     assert kept in found and {row["stage"] for row in found} == {"clone", "env", "load"}
     assert all(row["rate"] > 0 and row["ratio_to_plain"] > 0 for row in found if row != kept)
