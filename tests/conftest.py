@@ -195,6 +195,7 @@ def interrupted(cwd, stage, *flags, owner, name, n, action=ctrl_c):
 ADAM_STEP = {"owner": torch.optim.Adam, "name": "step"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist's
 def pytest_cmdline_main(config):
     """With -n, a file's tests stay in one worker, so that its fixtures are made once."""
     if config.getoption("numprocesses", None) and config.option.dist == "no":

@@ -78,7 +78,7 @@ class ScriptedEnv:
     num, lengths = 2, np.array([3, 5])
 
     def __init__(self):
-        self.t = 0
+        self.t, self.actions = 0, []
 
     def observe(self):
         rgb = np.zeros((2, 64, 64, 3), dtype=np.uint8)
@@ -86,6 +86,7 @@ class ScriptedEnv:
         return np.full(2, float(self.t), dtype=np.float32), {"rgb": rgb}, self.t % self.lengths == 0
 
     def act(self, action):
+        self.actions.append(action.tolist())
         self.t += 1
 
 
@@ -101,6 +102,20 @@ def test_collect_on_a_scripted_game(tmp_path):
     wanted = [6, 6, 6, 15, 15, 15, nan, nan, 15, 15, 15, 15, 15, nan, nan, nan]
     np.testing.assert_array_equal(got.returns, wanted)
     assert sorted(returned) == [6, 15, 15]
+
+
+def test_evaluate_counts_every_episode_once():
+    """The next episode goes to the game that is free first; returns are in order; idle games rest."""
+    env, asked = ScriptedEnv(), []
+
+    def act(obs, episode):
+        asked.append(episode.tolist())
+        return obs[:, 0, 0, 0].astype(np.int32) // 100 + 1
+
+    assert collect.evaluate(act, env, 5).tolist() == [1 + 2 + 3, 15, 4 + 5 + 6, 6 + 7 + 8 + 9 + 10, 24]
+    assert asked == [[0, 1]] * 3 + [[2, 1]] * 2 + [[2, 3]] + [[4, 3]] * 3 + [[3]]
+    assert env.actions == [[1, 2]] * 9 + [[0, 2]]
+    assert collect.evaluate(act, ScriptedEnv(), 3).tolist() == [6, 15, 15]
 
 
 def slow_windows(first):
@@ -145,41 +160,3 @@ def test_meta_describes_the_dataset(pipeline):
         assert np.array_equal(env.observe()[0], rewards[:, t])
     env.close()
     assert 0 <= actions.min() and actions.max() <= 14 and len(np.unique(actions)) > 5
-
-
-class LengthsEnv:
-    """Three games with episodes of given lengths; a step earns 1, the last one 100 x the game's number."""
-
-    num, lengths = 3, ((2, 7), (5, 1), (3, 3))
-
-    def __init__(self):
-        self.step, self.episode, self.actions = [0] * 3, [0] * 3, []
-        self.ended, self.reward = np.ones(3, bool), np.zeros(3)
-
-    def observe(self):
-        rgb = np.zeros((3, 64, 64, 3), dtype=np.uint8)
-        rgb[1], rgb[2] = 1, 2  # the frame shows the game's number
-        return self.reward.copy(), {"rgb": rgb}, self.ended.copy()
-
-    def act(self, action):
-        self.actions.append(action)
-        for e in range(3):
-            self.step[e] += 1
-            self.ended[e] = self.step[e] == self.lengths[e][self.episode[e] % 2]
-            self.reward[e] = 1 + 100 * e * self.ended[e]
-            if self.ended[e]:
-                self.step[e], self.episode[e] = 0, self.episode[e] + 1
-
-
-def test_evaluate_counts_every_episode_once():
-    """The next episode goes to the env that is free first; returns are in order; idle envs are not asked."""
-    env, asked = LengthsEnv(), []
-
-    def act(obs, episode):
-        asked.append(episode.tolist())
-        return obs[:, 0, 0, 0].astype(np.int32) + 1
-
-    assert collect.evaluate(act, env, 6).tolist() == [2, 105, 203, 7, 203, 101]
-    assert asked == [[0, 1, 2]] * 2 + [[3, 1, 2]] + [[3, 1, 4]] * 2 + [[3, 5, 4]] + [[3]] * 3
-    assert [a.tolist() for a in env.actions] == [[1, 2, 3]] * 6 + [[1, 0, 0]] * 3
-    assert collect.evaluate(act, LengthsEnv(), 4).tolist() == [2, 105, 203, 7]

@@ -1,12 +1,11 @@
 """The parts of PPO against slow definitions, scores, schedules, and the paper's settings as defaults."""
 
-import ast
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, bc, collect, decode, finetune, ppo, pretrain
+from conftest import bc, collect, decode, finetune, ppo, pretrain
 from procgen.env import ENV_NAMES
 
 SCORES = """bigfish 0.8743 36.3362 heist 3.0759 9.6853 bossfight 0.0462 11.6344 jumper 3.4105 8.4602
@@ -37,7 +36,7 @@ def test_gae_against_its_definition(seed):
 
 
 def test_reward_normalizer_against_full_history():
-    """Rewards over the deviation of all discounted returns so far (1e-4 of a unit normal among them), clipped.
+    """Rewards over the deviation of all discounted returns so far (and 1e-4 of a unit normal), clipped.
 
     A copy by state_dict goes on with the same numbers.
     """
@@ -55,9 +54,7 @@ def test_reward_normalizer_against_full_history():
         if step == 15:
             state, normalize = normalize.state_dict(), ppo.RewardNormalizer(E, gamma)
             normalize.load_state_dict(state)
-        np.testing.assert_allclose(
-            normalize(reward, done), np.clip(scaled, -10, 10), rtol=1e-9, atol=1e-12
-        )
+        np.testing.assert_allclose(normalize(reward, done), np.clip(scaled, -10, 10), rtol=1e-9, atol=1e-12)
         running[done] = 0
     assert clipped > 3
 
@@ -123,9 +120,3 @@ def test_paper_scores():
     """The random and expert returns are the paper's, for all 16 games."""
     scores = dict(zip(SCORES[::3], zip(map(float, SCORES[1::3]), map(float, SCORES[2::3]))))
     assert decode.PAPER_SCORES == scores and sorted(scores) == sorted(ENV_NAMES)
-
-
-def test_standard_error():
-    """The sample deviation over the square root of the number."""
-    mean, stderr = collect.mean_and_stderr(np.array([1.0, 2.0, 6.0]))
-    assert mean == 3.0 and np.isclose(stderr, np.sqrt((4 + 1 + 9) / 2) / np.sqrt(3))

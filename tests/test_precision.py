@@ -53,23 +53,19 @@ def test_the_faster_one_is_taken(monkeypatch, capsys, medians, bf16, words):
         assert torch.is_autocast_enabled("cpu") is bf16
 
 
-@pytest.mark.parametrize("bf16", [True, False])
-def test_forced(monkeypatch, capsys, bf16):
-    """--bf16 and --no-bf16 are taken as they are, without measuring."""
-    fake_timer(monkeypatch, pretrain)
-    autocast = pretrain.choose_precision(SimpleNamespace(bf16=bf16, env_id=ENV_ID), CPU, None)
-    with autocast:
-        assert torch.is_autocast_enabled("cpu") is bf16
-    assert len(capsys.readouterr().out.splitlines()) == 1
+OTHERS = [(None, "cuda", True, True), (None, "cuda", False, False), (None, "mps", True, False)]
 
 
-@pytest.mark.parametrize("device, has, bf16", [("cuda", 1, True), ("cuda", 0, False), ("mps", 1, False)])
-def test_accelerators(monkeypatch, device, has, bf16):
-    """CUDA takes bfloat16 where it has it without emulation; other accelerators run in float32."""
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bool(has))
+@pytest.mark.parametrize(
+    "flag, device, has, bf16", [(True, "cpu", False, True), (False, "cuda", True, False), *OTHERS]
+)
+def test_without_measuring(monkeypatch, capsys, flag, device, has, bf16):
+    """Flags are taken as they are; CUDA takes bfloat16 where it has it without emulation, others never."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
     monkeypatch.setattr(torch, "autocast", lambda device, dtype, enabled: enabled)
-    args = SimpleNamespace(bf16=None, env_id=ENV_ID)
+    args = SimpleNamespace(bf16=flag, env_id=ENV_ID)
     assert pretrain.choose_precision(args, torch.device(device), None) is args.bf16 is bf16
+    assert capsys.readouterr().out == f"{ENV_ID}: {device}, {'bfloat16' if bf16 else 'float32'}\n"
 
 
 UNFORCED = [flag for flag in TOY["lapo_pretrain"] if flag != "--no-bf16"]

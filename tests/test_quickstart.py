@@ -91,8 +91,8 @@ def test_ctrl_c_stops_the_pipeline_and_the_same_command_goes_on(tmp_path):
     # the last of two equal flags holds
     cases = "".join(f'{stage}.py) set -- "$@" {flags} ;;\n' for stage, flags in toy.items())
     copy_quickstart(tmp_path, f'#!/bin/sh\ncase "$1" in\n{cases}esac\nexec {sys.executable} "$@"\n')
-    for name in (*QUICK, "lapo_inspect", "lapo_finetune_ppo", "ppo_procgen", "report"):
-        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("*.html")):
+        shutil.copy(path, tmp_path)
 
     status, shown = in_a_terminal("./quickstart.sh", tmp_path, press_ctrl_c_after=rb"pretrain: +[1-9]\d*%")
     assert status == 130, shown

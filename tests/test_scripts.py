@@ -80,12 +80,15 @@ def test_scores(pipeline):
     assert len(decoded["random"]["returns"]) == 100
 
 
-def test_pretraining_trains_all_of_both_models(pipeline):
-    """After six updates every tensor of IDM, FDM and codebooks has moved: the gradient reaches them all."""
+def test_pretraining_and_ppo_train_all_of_their_networks(pipeline):
+    """Every tensor of IDM, FDM, codebooks and PPO's agent has moved: the gradient reaches them all."""
     torch.manual_seed(1)
-    networks = pretrain.IDM(0.25, 16), pretrain.VQ(2, 4, 2, 64, 0.05, 0.999), pretrain.FDM(16, 4)
-    for part, network in zip(("idm", "vq", "fdm"), networks):
-        found = tensors(pipeline.checkpoints["lapo_pretrain"], part)
+    networks = [pretrain.IDM(0.25, 16), pretrain.VQ(2, 4, 2, 64, 0.05, 0.999), pretrain.FDM(16, 4)]
+    torch.manual_seed(1)
+    networks.append(ppo.Agent(0.25))
+    for part, network in zip(("idm", "vq", "fdm", "agent"), networks):
+        stage = "ppo_procgen" if part == "agent" else "lapo_pretrain"
+        found = tensors(pipeline.checkpoints[stage], part)
         assert found.keys() == network.state_dict().keys()
         assert [name for name, x in network.state_dict().items() if torch.equal(x, found[name])] == []
     results = pipeline.results["lapo_pretrain"]
@@ -171,13 +174,6 @@ def test_finetuning_trains_only_what_it_should(pipeline, name):
     assert len(moved) == 8 and (any(moved) if name == NO_SL else all(moved)) == (name != NO_SL)
     known = {*frozen, *trained, *(f"decoder.mlp.{k}" for k in initial), "actor.weight", "actor.bias"}
     assert agent.keys() == known
-
-
-def test_ppo_trains_everything(pipeline):
-    agent = tensors(pipeline.checkpoints["ppo_procgen"], "agent")
-    torch.manual_seed(1)
-    initial = ppo.Agent(0.25).state_dict()
-    assert agent.keys() == initial.keys() and not any(torch.equal(x, agent[k]) for k, x in initial.items())
 
 
 HEADS = [((256, 300, 1024), (0, 2.5e-3, 0))] * 2

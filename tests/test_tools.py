@@ -167,17 +167,6 @@ def test_worlds(networks):
     np.testing.assert_array_equal(world.pictures()[1], last)
 
 
-def test_keys():
-    """Keys that spell one of Procgen's combinations stand for its action; numbers go first, then letters."""
-    for action, combo in enumerate(new_env(0).combos):
-        keys = [name.lower() if len(name) == 1 else "Arrow" + name.capitalize() for name in combo]
-        assert lapo_play.read_keys(keys, 0) == lapo_play.read_keys(keys[::-1], 0) == ("action", action)
-        spelt = " ".join(combo).lower() or "stay"
-        assert lapo_play.ACTIONS[action].removeprefix("button ").lower() == spelt
-    for keys, held in (("ArrowRight ArrowLeft", ("action", 4)), ("ArrowUp d 3", ("group", 2))):
-        assert lapo_play.read_keys(keys.split(), 3) == held
-
-
 def test_playing(play):
     """Arrows give the dream their action's latent, the game that action; numbers a group's, and its move."""
     script = play()
@@ -199,7 +188,7 @@ def test_playing(play):
     script["respond"]([], "next")
     assert world.level == 1 and world.frame == 0
 
-    script = play("--num-labels", "0")  # numbers move the dream, arrows nothing, and the real game stands still
+    script = play("--num-labels", "0")  # numbers move the dream, arrows nothing; the real game stands still
     first = script["respond"](["ArrowRight"], "")
     answer = script["respond"](["1"], "")
     assert (first["frame"], first["held"]) == (0, "nothing") and answer["frame"] == 1
@@ -213,8 +202,7 @@ def test_server(monkeypatch, play):
     with pytest.raises(SystemExit, match="cannot be used"):
         play("--port", port)
     monkeypatch.undo()
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
 
     def request(path, method="POST", **headers):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
@@ -222,22 +210,19 @@ def test_server(monkeypatch, play):
         response = connection.getresponse()
         return response.status, response.read().decode()
 
-    try:
-        for host in ("127.0.0.1", "localhost"):
-            status, page = request("/", "GET", Host=f"{host}:{port}")
-            assert status == 200 and f'"game": "{ENV_ID}"' in page
-            assert not re.search(r"https?://|src=|@import|{CONFIG}", page)
-        begun = json.loads(request("/step?keys=&command=restart")[1])
-        moved = json.loads(request("/step?keys=ArrowRight,ArrowUp&command=")[1])
-        assert begun["frame"] == 0 and begun["dream"] == begun["real"] and moved["held"] == "right up"
-        assert len(base64.b64decode(moved["dream"])) == 64 * 64 * 3 and moved["dream"] != begun["dream"]
-        for headers in ({"Host": "evil.example"}, {"Host": "127.0.0.1"}, {"Origin": "http://evil.example"}):
-            assert request("/step", **headers)[0] == 403
-        assert request("/../../etc/passwd")[0] == request("/step", "GET")[0] == request("/", "POST")[0] == 404
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    for host in ("127.0.0.1", "localhost"):
+        status, page = request("/", "GET", Host=f"{host}:{port}")
+        assert status == 200 and f'"game": "{ENV_ID}"' in page
+        assert not re.search(r"https?://|src=|@import|{CONFIG}", page)
+    begun = json.loads(request("/step?keys=&command=restart")[1])
+    moved = json.loads(request("/step?keys=ArrowRight,ArrowUp&command=")[1])
+    assert begun["frame"] == 0 and begun["dream"] == begun["real"] and moved["held"] == "right up"
+    assert len(base64.b64decode(moved["dream"])) == 64 * 64 * 3 and moved["dream"] != begun["dream"]
+    for headers in ({"Host": "evil.example"}, {"Host": "127.0.0.1"}, {"Origin": "http://evil.example"}):
+        assert request("/step", **headers)[0] == 403
+    assert request("/../../etc/passwd")[0] == request("/step", "GET")[0] == request("/", "POST")[0] == 404
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.mark.parametrize("tool, flags", [("lapo_inspect", INSPECT), ("lapo_play", PLAY)])
@@ -276,15 +261,6 @@ def test_results_to_tables_and_pictures(pipeline, report, tmp_path):
     pictures = list(tmp_path.glob("*.png"))
     assert pictures and all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
     assert any("demonstrator" in path.read_text() for path in tmp_path.glob("*.md"))
-
-
-def test_intervals():
-    """The bootstrap's spread is that of a mean: of episodes within a seed, of seeds where those differ."""
-    rng = np.random.default_rng(0)
-    one = plot.resampled_means([[rng.normal(3, 2, size=400)]], 2000, rng)
-    assert one.mean() == pytest.approx(3, abs=0.3) and one.std() == pytest.approx(2 / 20, rel=0.1)
-    seeds = [[np.full(50, level)] for level in (0.0, 1.0, 5.0)]
-    assert plot.resampled_means(seeds, 4000, rng).std() == pytest.approx(np.std([0, 1, 5]) / 3**0.5, rel=0.05)
 
 
 def test_throughput(tmp_path):
