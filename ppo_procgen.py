@@ -313,7 +313,7 @@ def choose_precision(args, device, step):
     def seconds(work, autocast=autocasts[0]):
         with autocast:
             timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-            return timer.blocked_autorange(min_run_time=0.3).median
+            return min(timer.blocked_autorange(min_run_time=0.3).times)
 
     if args.bf16 is None and device.type != "cpu":
         args.bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

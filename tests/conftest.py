@@ -87,11 +87,11 @@ def same_tensors(a, b):
 
 
 def scalars(folder):
-    """{tag: {step: value}} of a run folder's TensorBoard files, without the rate."""
+    """{tag: [(step, value), ...]} of a run folder's TensorBoard files, without the rate."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     tags = set(events.Tags()["scalars"]) - {"charts/SPS"}
-    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in tags}
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
 
 
 def snapshot(folder, suffix=""):
