@@ -411,9 +411,9 @@ def load_checkpoint(path, made_by, parts, args):
         found = [checkpoint[key] for key in ("env_id", "format_version", *parts)][:2]
         if found != [args.env_id, FORMAT_VERSION]:
             raise ValueError(f"game and format {found}, expected {[args.env_id, FORMAT_VERSION]}")
-    except Exception as e:  # the unpickler raises many kinds
-        again = f"`python {made_by}.py --env-id {args.env_id}` makes one"
-        sys.exit(f"error: {path} is no checkpoint of {made_by}.py ({type(e).__name__}: {e}): {again}")
+    except Exception as e:  # the unpickler raises many kinds, some with pages of advice
+        why = repr(e) if isinstance(e, (OSError, KeyError, ValueError)) else type(e).__name__
+        sys.exit(f"error: {path} is unusable ({why}): `python {made_by}.py --env-id {args.env_id}` makes one")
     if path == unfinished and not args.allow_unfinished:
         sys.exit(f"error: {path.parent} is unfinished: `{checkpoint['command']}`, or --allow-unfinished")
     return checkpoint

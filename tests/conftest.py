@@ -31,7 +31,7 @@ STAGES = "ppo_procgen collect_expert_data lapo_pretrain lapo_bc lapo_decode lapo
 ppo, collect, pretrain, bc, decode, finetune = (importlib.import_module(name) for name in STAGES)
 
 ENV_ID = "dodgeball"  # short episodes under random play, fast to draw
-ROLLOUT = "--total-timesteps 1024 --num-envs 16 --num-steps 16"
+ROLLOUT = "--total-timesteps 2048 --num-envs 16 --num-steps 32"
 TOY = {
     "ppo_procgen": f"{ROLLOUT} --num-levels 16 --scale 0.25 --eval-episodes 8",
     "collect_expert_data": "--num-envs 16 --num-train-frames 2000 --num-test-frames 400 --eval-episodes 8 "
@@ -41,8 +41,8 @@ TOY = {
     "lapo_bc": "--num-updates 6 --batch-size 16 --policy-scale 0.25 --warmup-updates 2 --eval-every 3",
     "lapo_decode": "--num-labels 16 32 --num-draws 2 --eval-episodes 4 --cloning-updates 4 "
     "--decoder-updates 100",
-    "lapo_finetune_ppo": f"{ROLLOUT} --action-head-warmup 256 300 --value-head-warmup 256 300 "
-    "--linear-warmup 300 350 --decoder-frames 250 4000 --eval-episodes 4",
+    "lapo_finetune_ppo": f"{ROLLOUT} --action-head-warmup 512 600 --value-head-warmup 512 600 "
+    "--linear-warmup 600 700 --decoder-frames 500 4000 --eval-episodes 4",
 }
 TOY = {stage: f"--env-id {ENV_ID} --no-cuda --no-bf16 {flags}".split() for stage, flags in TOY.items()}
 NO_SL = "lapo_finetune_ppo_no_sl"

@@ -96,8 +96,8 @@ def test_bad_datasets(refuse, work):
         ("lapo_decode", "--num-labels 32 3000"),
         ("lapo_decode", "--num-labels 0 32"),
         ("lapo_finetune_ppo", "--num-minibatches 7"),
-        ("lapo_finetune_ppo", "--total-timesteps 300"),
-        ("lapo_finetune_ppo", "--decoder-frames 1000 4000"),  # the last update alone
+        ("lapo_finetune_ppo", "--total-timesteps 600"),
+        ("lapo_finetune_ppo", "--decoder-frames 1600 4000"),  # the last update alone
     ],
 )
 def test_impossible_flags(refuse, stage, flags):

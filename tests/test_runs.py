@@ -113,7 +113,7 @@ def test_sigterm_to_a_process(tmp_path):
     assert shlex.split(line) == [str(ROOT / "ppo_procgen.py"), *flags]
     step = load(tmp_path / run_dir("fresh") / "resume.pt")["step"]
     assert interrupted(tmp_path, "ppo_procgen", *flags, **ADAM_STEP, n=1) == 130
-    assert 0 < step < load(tmp_path / run_dir("fresh") / "resume.pt")["step"] == step + 256
+    assert 0 < step < load(tmp_path / run_dir("fresh") / "resume.pt")["step"] == step + 512
 
 
 def test_kill_9_and_a_second_process(pipeline, tmp_path):

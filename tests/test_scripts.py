@@ -13,12 +13,12 @@ from conftest import (
 )  # fmt: skip
 
 HOLDS = {  # stage: what its checkpoint holds beside what all hold, what its logs hold, their last step
-    "ppo_procgen": ("agent num_levels start_level", "charts/learning_rate losses/policy_loss", 1024),
+    "ppo_procgen": ("agent num_levels start_level", "charts/learning_rate losses/policy_loss", 2048),
     "collect_expert_data": ("num_levels start_level", "charts/episodic_return", 2400),
     "lapo_pretrain": ("idm vq fdm data", "charts/learning_rate losses/fdm_loss codebook/perplexity_1", 6),
     "lapo_bc": ("policy idm pretrain_args data", "charts/learning_rate losses/latent_mse test/latent_mse", 6),
     "lapo_decode": ("policy decoder pretrain_args bc_args data", "lapo_decoder/return_mean", 32),
-    "lapo_finetune_ppo": ("agent", "charts/episodic_return losses/explained_variance", 1024),
+    "lapo_finetune_ppo": ("agent", "charts/episodic_return losses/explained_variance", 2048),
 }
 NEXT = dict(zip(STAGES, STAGES[1:]))
 FINETUNED = ("lapo_finetune_ppo", NO_SL)
@@ -60,7 +60,7 @@ def test_scores(pipeline):
         row = results[name]
         assert row["episodes"] == len(row["returns"]) == episodes
         assert row["return_mean"] == pytest.approx(np.mean(row["returns"]))
-        assert name == "collect_expert_data" or row["frames"] == row["curve"][-1][0] == 1024
+        assert name == "collect_expert_data" or row["frames"] == row["curve"][-1][0] == 2048
         check_shares(row, row.get("random_mean"), high)
     meta = json.loads((pipeline.data / "meta.json").read_text())
     for key in ("return_mean", "return_stderr", "episodes"):
@@ -176,7 +176,35 @@ def test_finetuning_trains_only_what_it_should(pipeline, name):
     assert agent.keys() == known
 
 
-HEADS = [((256, 300, 1024), (0, 2.5e-3, 0))] * 2
+@pytest.mark.parametrize("stage, network", [("lapo_pretrain", "FDM"), ("lapo_bc", "LatentPolicy")])
+def test_losses_compare_frames_with_what_belongs_to_them(pipeline, work, monkeypatch, stage, network):
+    """The FDM's guess from o_{t-1}, o_t with o_{t+1}; the policy's from o_t with the latent of the window at t."""
+    frames, first = (np.load(pipeline.data / "train" / f"{name}.npy") for name in ("frames", "first"))
+    t = np.flatnonzero(~first[1:-1] & ~first[2:]) + 1
+    belongs = torch.from_numpy(frames[t]), load(work / run_dir("lapo_bc") / "latents.pt")
+    if stage == "lapo_pretrain":
+        belongs = pretrain.get_windows(frames, t, "cpu").split([6, 3], dim=1)
+    known = {x.numpy().tobytes(): y for x, y in zip(*belongs)}
+    given, compared, mse_loss = [], [], F.mse_loss
+
+    def noting(guess, target):
+        if guess.requires_grad and len(given) > len(compared):
+            compared.append(target)
+        return mse_loss(guess, target)
+
+    def watch(module, inputs, output):
+        if type(module).__name__ == network and torch.is_grad_enabled():
+            given.append(inputs[0].clone())
+
+    monkeypatch.setattr(F, "mse_loss", noting)
+    with torch.nn.modules.module.register_module_forward_hook(watch):
+        inline(work, stage, *TOY[stage], "--exp-name", "noted")
+    assert len(given) == len(compared) == 6 and len(known) > 0.9 * len(t)
+    for x, target in zip(torch.cat(given), torch.cat(compared)):
+        torch.testing.assert_close(known[x.contiguous().numpy().tobytes()], target, atol=1e-6, rtol=0)
+
+
+HEADS = [((512, 600, 2048), (0, 2.5e-3, 0))] * 2
 
 
 @pytest.mark.parametrize(
@@ -184,8 +212,8 @@ HEADS = [((256, 300, 1024), (0, 2.5e-3, 0))] * 2
     [  # for each group of parameters: the rate is linear between these steps, where it is this
         ("lapo_pretrain", "--num-updates 10 --warmup-updates 4", [((0, 4, 10), (3e-5, 3e-4, 3e-6))]),
         ("lapo_bc", "--num-updates 10 --warmup-updates 4", [((0, 4, 10), (2e-6, 2e-4, 0))]),
-        ("ppo_procgen", "--anneal-lr", [((0, 1024), (5e-4, 0))]),
-        ("lapo_finetune_ppo", "--no-sl", [*HEADS, ((300, 350, 1024), (0, 1e-3, 0))]),
+        ("ppo_procgen", "--anneal-lr", [((0, 2048), (5e-4, 0))]),
+        ("lapo_finetune_ppo", "--no-sl", [*HEADS, ((600, 700, 2048), (0, 1e-3, 0))]),
     ],
 )
 def test_learning_rates(work, monkeypatch, stage, flags, rates):
@@ -198,7 +226,7 @@ def test_learning_rates(work, monkeypatch, stage, flags, rates):
 
     monkeypatch.setattr(torch.optim.Adam, "step", noting)
     inline(work, stage, *TOY[stage], *flags.split(), "--exp-name", "rates")
-    at = np.arange(10) if stage in ("lapo_pretrain", "lapo_bc") else np.repeat(np.arange(4) * 256, 3 * 8)
+    at = np.arange(10) if stage in ("lapo_pretrain", "lapo_bc") else np.repeat(np.arange(4) * 512, 3 * 8)
     np.testing.assert_allclose(found, np.transpose([np.interp(at, *rate) for rate in rates]), atol=1e-12)
 
 
@@ -231,9 +259,9 @@ def test_online_decoder_sees_aligned_transitions_of_one_episode(work, monkeypatc
     with torch.nn.modules.module.register_module_forward_hook(watch):
         inline(work, "lapo_finetune_ppo", *TOY["lapo_finetune_ppo"], *flags)
 
-    assert len(frames) == 1024 // 16
+    assert len(frames) == 2048 // 16
     action_of, windows = {}, 0  # window's bytes -> true actions taken at its middle
-    for t in range(1, 768 // 16):  # the last refit is after 768 frames, and sees the one that follows them
+    for t in range(1, 1536 // 16):  # the last refit is after 1536 frames, and sees the one that follows them
         for e in np.flatnonzero(~firsts[t] & ~firsts[t + 1]):
             window = np.concatenate([frames[t - 1][e], frames[t][e], frames[t + 1][e]], axis=-1).tobytes()
             action_of.setdefault(window, set()).add(int(actions[t][e]))
@@ -282,7 +310,7 @@ def test_training_goes_on_from_another_agent(pipeline, work):
     """--init-checkpoint: the first update starts from the given weights, and plays the same levels."""
     agent, toy = pipeline.checkpoints["ppo_procgen"], list(TOY["ppo_procgen"])
     del toy[toy.index("--num-levels") : toy.index("--num-levels") + 2]
-    flags = "--learning-rate 0 --total-timesteps 256 --exp-name on --init-checkpoint".split()
+    flags = "--learning-rate 0 --total-timesteps 512 --exp-name on --init-checkpoint".split()
     inline(work, "ppo_procgen", *toy, *flags, agent)
     path = work / run_dir("on") / "checkpoint.pt"
     assert same_tensors(path, agent) and load(path)["num_levels"] == 16

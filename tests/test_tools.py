@@ -250,7 +250,7 @@ def test_results_to_tables_and_pictures(pipeline, report, tmp_path):
     assert set(table) == offline | {(method, "") for method in ("demonstrator", "random", *tuned)}
     for name in tuned:
         wanted, row = pipeline.results[name], table[name, ""]
-        assert row["frames"] == "1024" and float(row["return_mean"]) == pytest.approx(wanted["return_mean"])
+        assert row["frames"] == "2048" and float(row["return_mean"]) == pytest.approx(wanted["return_mean"])
         assert np.mean(plot.returns_of(row)) == pytest.approx(wanted["return_mean"], abs=1e-2)
     for wanted in pipeline.results["lapo_decode"]["curve"]:
         draws = plot.returns_of(table[wanted["method"], str(wanted["n_labels"])])
