@@ -314,7 +314,7 @@ if __name__ == "__main__":
     if min(args.num_updates, args.batch_size, args.eval_every) < 1:
         sys.exit("error: --num-updates, --batch-size and --eval-every must be 1 or more")
     default = f"{args.runs_dir}/{args.env_id}__lapo_pretrain__{args.seed}/checkpoint.pt"
-    pretrained = load_checkpoint(args.pretrain_checkpoint or default, "lapo_pretrain", ["idm"], args)
+    pretrained = load_checkpoint(args.pretrain_checkpoint or default, "lapo_pretrain", ["idm", "fdm"], args)
     data, frames, windows = load_dataset(args)
     run = Run(args, inputs=[pretrained["identity"], data.get("identity")])
     run.meta |= {"pretrain_args": pretrained["args"], "data": data}

@@ -701,7 +701,7 @@ if __name__ == "__main__":
     paper_random, paper_expert = PAPER_SCORES[args.env_id]
     relative_return = (mean - paper_random) / (paper_expert - paper_random)
     demonstrator = data["demonstrator"]["return_mean"]
-    relative_to_demonstrator = float((mean - at_random.mean()) / (demonstrator - at_random.mean()))
+    relative_to_demonstrator = float((mean - at_random.mean()) / (demonstrator - at_random.mean() or np.nan))
     results = {"frames": frames, "return_mean": mean, "return_stderr": stderr, "episodes": args.eval_episodes}
     results |= {"random_mean": float(at_random.mean()), "frames_per_second": round(frames / seconds, 1)}
     results |= {"relative_return": relative_return, "relative_to_demonstrator": relative_to_demonstrator}

@@ -14,7 +14,7 @@ import plot
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ENV_ID, RUNS, inline, link_tree, load, pretrain, refusal, replace, results_of, run_dir
+from conftest import ENV_ID, RUNS, TOY, inline, link_tree, load, pretrain, refusal, results_of, run_dir
 
 import lapo_inspect
 import lapo_play
@@ -119,11 +119,8 @@ def test_report_stands_alone(report):
 def test_report_without_labels_and_vq(pipeline, tmp_path):
     """Without labels, VQ and agents the report is made from what there is, and says what is missing."""
     link_tree(pipeline.data, tmp_path / "data" / ENV_ID)
-    link_tree(pipeline.checkpoints["lapo_pretrain"].parent, tmp_path / run_dir("lapo_pretrain"))
     (tmp_path / "data" / ENV_ID / "test" / "actions.npy").unlink()
-    path = tmp_path / run_dir("lapo_pretrain") / "checkpoint.pt"
-    checkpoint = load(path)
-    replace(path, checkpoint | {"args": checkpoint["args"] | {"vq": False}})
+    inline(tmp_path, "lapo_pretrain", *TOY["lapo_pretrain"], "--no-vq", "--num-updates", "1")
     report = inspect(tmp_path, "--num-starts", "1", "--rollout-steps", "24")  # an env's stream has 25 frames
     wanted = {"groups", "codebooks", "latent_space", "error", "lapo_decode", "lapo_finetune_ppo"}
     assert set(report.results["missing"]) == wanted and all(name in report.page for name in wanted)
