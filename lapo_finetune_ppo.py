@@ -692,11 +692,7 @@ if __name__ == "__main__":
     relative_to_demonstrator = float((mean - at_random.mean()) / (demonstrator - at_random.mean() or np.nan))
     results = {"frames": frames, "return_mean": mean, "return_stderr": stderr, "episodes": args.eval_episodes}
     results |= {"random_mean": float(at_random.mean()), "frames_per_second": round(frames / seconds, 1)}
-    run.finish(
-        **results,
-        relative_to_demonstrator=relative_to_demonstrator,
-        returns=returns.tolist(),
-        curve=curve[:: 1 + len(curve) // 1000],
-    )
+    results |= {"relative_to_demonstrator": relative_to_demonstrator, "returns": returns.tolist()}
+    run.finish(**results, curve=curve[:: 1 + len(curve) // 1000])
     print(f"return {mean:.2f} +- {stderr:.2f}, relative to the demonstrator {relative_to_demonstrator:.2f}")
     print(f"next: tensorboard --logdir {args.runs_dir}")

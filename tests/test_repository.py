@@ -13,8 +13,8 @@ PACKAGES = {"procgen": "procgen-mirror", "PIL": "pillow", "sklearn": "scikit-lea
 OWN = {"gym_notices", "scipy"}  # come with gym and scikit-learn
 SCRIPTS = sorted([*ROOT.glob("*.py"), *ROOT.glob("benchmark/*.py")])
 LINES = {  # at most
-    "lapo_bc.py": 380, "lapo_pretrain.py": 520, "lapo_decode.py": 630, "lapo_finetune_ppo.py": 710,
-    "collect_expert_data.py": 455, "ppo_procgen.py": 560, "README.md": 250, "CONTRIBUTING.md": 40,
+    "lapo_bc.py": 380, "lapo_pretrain.py": 520, "lapo_decode.py": 630, "lapo_finetune_ppo.py": 700,
+    "collect_expert_data.py": 445, "ppo_procgen.py": 545, "README.md": 250, "CONTRIBUTING.md": 40,
     "tests/*.py": 2300, "benchmark/*.py": 1500,
 }  # fmt: skip
 
