@@ -21,7 +21,6 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,53 +30,34 @@ import torch
 import torch.nn as nn
 import tyro
 from filelock import FileLock
-from torch.utils.benchmark import Timer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 gym_notices.notices.notices.clear()  # else procgen's import of gym prints four lines about gym's future
 from procgen import ProcgenGym3Env  # noqa: E402
-from procgen.env import ENV_NAMES  # noqa: E402
 
-FORMAT_VERSION = 3  # of checkpoints
+FORMAT_VERSION = 4  # of checkpoints
 
 
 @dataclass
 class Args:
     # what
-    env_id: str = "bossfight"
-    """the Procgen game, one of the 16"""
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """the name of this experiment; the run folder is RUNS_DIR/ENV_ID__EXP_NAME__SEED"""
-    seed: int = 1
-    """seed of the experiment"""
+    env_id: str = "bossfight"  # the Procgen game, one of the 16
+    exp_name: str = Path(__file__).stem  # the run folder is RUNS_DIR/ENV_ID__EXP_NAME__SEED
+    seed: int = 1  # seed of the experiment
     # data
-    data_dir: str | None = None
-    """where the dataset goes; default data/ENV_ID"""
-    expert_checkpoint: str | None = None
-    """the demonstrator, of ppo_procgen.py; default RUNS_DIR/ENV_ID__ppo_procgen__SEED/checkpoint.pt"""
-    allow_unfinished: bool = False
-    """take the checkpoint of an unfinished run, too"""
+    data_dir: str | None = None  # where the dataset goes; default data/ENV_ID
+    expert_checkpoint: str | None = None  # default: RUNS_DIR/ENV_ID__ppo_procgen__SEED/checkpoint.pt
+    allow_unfinished: bool = False  # take the checkpoint of an unfinished run, too
     # method
-    num_train_frames: int = 2_621_440
-    """frames of the training split (the authors load 80 x 32,768)"""
-    num_test_frames: int = 32_768
-    """frames of the test split, from rollouts (and, if the demonstrator has all levels, levels) of its own"""
-    num_envs: int = 64
-    """parallel games"""
-    eval_episodes: int = 200
-    """episodes over which the demonstrator is scored"""
+    num_train_frames: int = 2_621_440  # frames of the training split (the authors load 80 x 32,768)
+    num_test_frames: int = 32_768  # frames of the test split; with all levels, its levels are others
+    num_envs: int = 64  # parallel games
     # run
-    runs_dir: str = "runs"
-    """where run folders are made"""
-    overwrite: bool = False
-    """replace the run in the run folder, and the dataset; without it finished ones are kept"""
-    checkpoint_seconds: float = 60.0
-    """of no effect here: an interrupted run saves when a split is whole, and begins the next one anew"""
-    cuda: bool = True
-    """use CUDA, or another accelerator that torch knows, where there is one"""
-    bf16: tyro.conf.DisallowNone[bool | None] = None
-    """forward passes in bfloat16; default: if that is faster here"""
+    runs_dir: str = "runs"  # where run folders are made
+    overwrite: bool = False  # replace the run in the run folder and the dataset; else both are kept
+    cuda: bool = True  # use CUDA, or another accelerator that torch knows, where there is one
+    bf16: bool = False  # forward passes in bfloat16
 
 
 class ResidualBlock(nn.Module):
@@ -137,36 +117,16 @@ class Agent(nn.Module):
         return self.actor(hidden).float(), self.critic(hidden).float().squeeze(-1)  # (B, 15), (B,)
 
 
-def mean_and_stderr(x):
-    return float(np.mean(x)), float(np.std(x, ddof=1) / np.sqrt(len(x)))
+def mean_and_stderr(returns):
+    """The mean of returns (n,) and its standard error, as results name them."""
+    stderr = np.std(returns, ddof=1) / np.sqrt(len(returns))
+    return {"return_mean": float(np.mean(returns)), "return_stderr": float(stderr)}
 
 
 def make_env(env_id, num_envs, num_levels, start_level, seed):
     """Procgen, easy: act(actions), observe() -> reward (E,), {"rgb": (E, 64, 64, 3) uint8}, first (E,)."""
     levels = {"distribution_mode": "easy", "num_levels": num_levels, "start_level": start_level}
     return ProcgenGym3Env(num_envs, env_id, rand_seed=seed, num_threads=min(4, os.cpu_count()), **levels)
-
-
-def evaluate(act, env, num_episodes):
-    """Returns (num_episodes,) of games in which act(obs (B, 64, 64, 3), episode (B,)) takes the actions.
-
-    An env that ends its episode begins the next in line; every episode counts, however long.
-    """
-    episode, running, returns = np.arange(env.num), np.zeros(env.num), np.full(num_episodes, np.nan)
-    progress = tqdm(total=num_episodes, unit="episode", desc="play", leave=False)
-    while np.isnan(returns).any():
-        playing, action = np.flatnonzero(episode < num_episodes), np.zeros(env.num, dtype=np.int32)
-        action[playing] = act(env.observe()[1]["rgb"][playing], episode[playing])
-        env.act(action)
-        reward, _, first = env.observe()
-        running += reward
-        for e in np.flatnonzero(first):
-            if episode[e] < num_episodes:
-                returns[episode[e]] = running[e]
-                progress.update()
-            episode[e], running[e] = episode.max() + 1, 0
-    progress.close()
-    return returns
 
 
 def collect(act, env, T, folder, run, step):
@@ -188,6 +148,7 @@ def collect(act, env, T, folder, run, step):
     start, first, ended = np.zeros(E, dtype=int), np.ones(E, dtype=bool), []
     fd = os.open(folder / "frames.npy", os.O_RDWR)
     for t in tqdm(range(T), f"collect {folder.stem}", unit="frame", unit_scale=E):
+        run.leave_if_stopped()
         obs = env.observe()[1]["rgb"]
         action = act(obs)
         firsts[:, t], actions[:, t] = first, action
@@ -229,29 +190,6 @@ def load_checkpoint(path, made_by, parts, args):
     return checkpoint
 
 
-def choose_precision(args, device, step):
-    """The autocast: as --[no-]bf16 says, else bfloat16 if step(), on a few samples, is faster in it here."""
-    autocasts = [torch.autocast(device.type, torch.bfloat16, enabled=enabled) for enabled in (False, True)]
-
-    def seconds(work, autocast=autocasts[0]):
-        with autocast:
-            timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-            return min(timer.blocked_autorange(min_run_time=0.3).times)
-
-    if args.bf16 is None and device.type != "cpu":
-        args.bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    elif args.bf16 is None:
-        x, y = torch.ones(256, 256), torch.ones(256, 256, dtype=torch.bfloat16)
-        ratio = seconds(lambda: x @ x) / seconds(lambda: y @ y)
-        if ratio > 0.2:  # without bfloat16 instructions it is a hundredth, and a step would take minutes
-            ratio = seconds(step, autocasts[0]) / seconds(step, autocasts[1])
-        args.bf16 = ratio > 1.1
-        other = "--no-bf16 to force float32" if args.bf16 else "so float32; --bf16 to force bfloat16"
-        print(f"bfloat16: {ratio:.2g}× float32 on this machine ({other})")
-    print(f"{args.env_id}: {device}, {'bfloat16' if args.bf16 else 'float32'}")
-    return autocasts[args.bf16]
-
-
 def write_whole(path, content):
     """A whole file or none, text or what torch.save takes: written aside, flushed to disk, then renamed."""
     aside = Path(f"{path}.tmp")
@@ -290,12 +228,10 @@ class Run:
             args.bf16 = before["bf16"] if args.bf16 is None else args.bf16
             changed = {k: v for k, v in before.items() if v != vars(args).get(k) and k not in free}
             if changed:
-                sys.exit(
-                    f"error: {self.dir} was begun with {changed}: keep to it, add --overwrite or {other}"
-                )
+                sys.exit(f"error: {self.dir} began with {changed}: keep to it, add --overwrite or {other}")
         self.meta = {"format_version": FORMAT_VERSION, "stage": Path(__file__).stem, "env_id": args.env_id}
         self.meta["command"] = "python " + shlex.join(arg for arg in sys.argv if arg != "--overwrite")
-        self.meta |= {"args": vars(args), "identity": self.state.get("identity", uuid.uuid4().hex)}
+        self.meta |= {"args": vars(args), "identity": self.state.get("identity", os.urandom(16).hex())}
         self.saved, self.began = time.time(), time.time() - self.state.get("seconds", 0.0)
         self.writer = SummaryWriter(self.dir, purge_step=self.state.get("step", 0) + 1)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -350,92 +286,63 @@ class Run:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    if args.env_id not in ENV_NAMES:
-        sys.exit(f"error: --env-id {args.env_id} is no Procgen game: choose one of {', '.join(ENV_NAMES)}")
-    if args.num_envs < 1 or args.eval_episodes < 2:
-        sys.exit("error: --num-envs must be 1 or more, --eval-episodes 2 or more")
-    if min(args.num_train_frames, args.num_test_frames) < 3 * args.num_envs:
+    if args.num_envs < 1 or min(args.num_train_frames, args.num_test_frames) < 3 * args.num_envs:
         sys.exit("error: --num-train-frames and --num-test-frames must be 3 (a window) x --num-envs or more")
     path = args.expert_checkpoint or f"{args.runs_dir}/{args.env_id}__ppo_procgen__{args.seed}/checkpoint.pt"
     expert = load_checkpoint(path, "ppo_procgen", ["agent", "num_levels", "start_level"], args)
     num_levels, start_level = expert["num_levels"], expert["start_level"]
     device = (torch.accelerator.current_accelerator(True) if args.cuda else None) or torch.device("cpu")
 
-    # a data folder is one process's, and what is in it is the run's whose identity .owner holds
+    # a data folder is one process's, too; meta.json, written last, makes it a dataset
     data_dir = Path(args.data_dir or f"data/{args.env_id}")
-    lock, owner = FileLock(data_dir / ".lock"), data_dir / ".owner"
+    lock = FileLock(data_dir / ".lock")
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except OSError as e:
         sys.exit(f"error: {data_dir} is in another process's hands, or read-only ({e}): see --data-dir")
+    if (data_dir / "meta.json").exists() and not args.overwrite:
+        sys.exit(f"error: {data_dir} holds a dataset: add --overwrite to replace it, or see --data-dir")
     run = Run(args, inputs=[expert["identity"]])
     run.meta |= {"num_levels": num_levels, "start_level": start_level}
-    found = [data_dir / name for name in ("meta.json", "train", "test") if (data_dir / name).exists()]
-    if args.overwrite:
-        (data_dir / "meta.json").unlink(missing_ok=True)  # first: what is left does not pass for a dataset
-        shutil.rmtree(data_dir / "train", ignore_errors=True)
-        shutil.rmtree(data_dir / "test", ignore_errors=True)
-    elif found and not (owner.exists() and owner.read_text() == run.meta["identity"]):
-        sys.exit(f"error: {found[0]} is another run's: add --overwrite to replace it, or see --data-dir")
+    (data_dir / "meta.json").unlink(missing_ok=True)
 
     agent = Agent(expert["args"]["scale"], expert["args"]["patch_size"])
     agent.load_state_dict(expert["agent"])
     agent = agent.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    trial_obs = torch.zeros((args.num_envs, 64, 64, 3), dtype=torch.uint8, device=device)
-    autocast = choose_precision(args, device, lambda: agent(trial_obs))
-    generator = torch.Generator(device)
+    autocast, generator = torch.autocast(device.type, torch.bfloat16, args.bf16), torch.Generator(device)
+    print(f"{args.env_id}: {device}, {'bfloat16' if args.bf16 else 'float32'}")
 
     @torch.inference_mode()
-    def act(obs, episode=None):
-        run.leave_if_stopped()
+    def act(obs):
         with autocast:
             logits, _ = agent(torch.as_tensor(obs, device=device))
-        action = torch.multinomial(logits.softmax(-1), 1, generator=generator)  # (B, 1)
+        action = torch.multinomial(logits.softmax(-1), 1, generator=generator)  # (E, 1)
         return action.squeeze(-1).cpu().numpy().astype(np.int32)
 
-    # three phases, each saved when it is whole: the demonstrator's score, the train split, the test split
-    state = run.restore()
-    scores, splits, step = state.get("scores"), state.get("splits", {}), state.get("step", 0)
-    if not state:
-        num_envs = min(args.num_envs, args.eval_episodes)
-        env = make_env(args.env_id, num_envs, num_levels, start_level, args.seed + 1)
-        generator.manual_seed(args.seed)
-        scores = evaluate(act, env, args.eval_episodes).tolist()
-        env.close()
-        run.save(step, scores=scores, splits=splits)
-    mean, stderr = mean_and_stderr(scores)
-    demonstrator = {"return_mean": mean, "return_stderr": stderr, "episodes": args.eval_episodes}
-    print(f"demonstrator: return {mean:.2f} +- {stderr:.2f} over {args.eval_episodes} episodes")
-
-    write_whole(owner, run.meta["identity"])
     # a demonstrator of all levels is tested on levels of their own: the upper half of the seeds
     levels = [(num_levels, start_level)] * 2 if num_levels else [(2**30, 0), (2**30 - 1, 2**30)]
+    splits, ended, step = {}, {}, 0
     for i, split in enumerate(("train", "test")):
-        if split in splits:
-            continue
         T, seed = (args.num_train_frames, args.num_test_frames)[i] // args.num_envs, args.seed + 2 + i
-        folder = data_dir / f"{split}.tmp"
-        for old in (folder, data_dir / split):  # what a killed run left
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(data_dir / split, ignore_errors=True)  # a stopped run's, or overwritten
         env = make_env(args.env_id, args.num_envs, *levels[i], seed)
         generator.manual_seed(seed)
         try:
-            ended = collect(act, env, T, folder, run, step)
-            folder.rename(data_dir / split)
+            ended[split] = collect(act, env, T, data_dir / split, run, step)
         except OSError as e:
-            shutil.rmtree(folder, ignore_errors=True)
-            sys.exit(f"error: {folder} cannot be written ({e}): make room, 12.3 kB a frame, and go on")
+            shutil.rmtree(data_dir / split, ignore_errors=True)
+            sys.exit(f"error: {data_dir} cannot be written ({e}): make room, 12.3 kB a frame")
         env.close()
-        means = mean_and_stderr(ended) if len(ended) > 1 else (None, None)
-        splits[split] = {"num_frames": T * args.num_envs, "num_envs": args.num_envs, "episodes": len(ended)}
-        splits[split] |= {"return_mean": means[0], "return_stderr": means[1], "seed": seed}
+        splits[split] = {"num_frames": T * args.num_envs, "num_envs": args.num_envs, "seed": seed}
         splits[split] |= {"num_levels": levels[i][0], "start_level": levels[i][1]}
         step += T * args.num_envs
-        run.save(step, scores=scores, splits=splits)
+
+    # the demonstrator's returns, as its training measured them; if it is unfinished, of what ended here
+    returns = expert.get("returns", ended["train"])
+    demonstrator = mean_and_stderr(returns) | {"episodes": len(returns)}
     data = {"format_version": 1, "identity": run.meta["identity"], "env_id": args.env_id, "seed": args.seed}
     data |= {"num_levels": num_levels, "start_level": start_level, "demonstrator": demonstrator}
     write_whole(data_dir / "meta.json", json.dumps(data | {"splits": splits, "args": vars(args)}, indent=2))
-
-    run.finish(**demonstrator, returns=scores)
+    run.finish(**demonstrator, returns=returns)
     print(f"next: lapo_pretrain.py --env-id {args.env_id} --data-dir {data_dir} --runs-dir {args.runs_dir}")

@@ -17,7 +17,6 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,49 +30,32 @@ from torch.utils.benchmark import Timer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-FORMAT_VERSION = 3  # of checkpoints
+FORMAT_VERSION = 4  # of checkpoints
 
 
 @dataclass
 class Args:
     # what
-    env_id: str = "bossfight"
-    """the Procgen game, one of the 16"""
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """the name of this experiment; the run folder is RUNS_DIR/ENV_ID__EXP_NAME__SEED"""
-    seed: int = 1
-    """seed of the experiment"""
+    env_id: str = "bossfight"  # the Procgen game, one of the 16
+    exp_name: str = Path(__file__).stem  # the run folder is RUNS_DIR/ENV_ID__EXP_NAME__SEED
+    seed: int = 1  # seed of the experiment
     # data
-    data_dir: str | None = None
-    """the dataset of collect_expert_data.py; default data/ENV_ID"""
-    pretrain_checkpoint: str | None = None
-    """the checkpoint of lapo_pretrain.py; default RUNS_DIR/ENV_ID__lapo_pretrain__SEED/checkpoint.pt"""
-    allow_unfinished: bool = False
-    """take the checkpoint of an unfinished run, too"""
+    data_dir: str | None = None  # the dataset of collect_expert_data.py; default data/ENV_ID
+    pretrain_checkpoint: str | None = None  # default: RUNS_DIR/ENV_ID__lapo_pretrain__SEED/checkpoint.pt
+    allow_unfinished: bool = False  # take the checkpoint of an unfinished run, too
     # method and optimisation
-    policy_scale: float = 4.0
-    """width of the policy's IMPALA-CNN: 16, 32, 32 channels times this"""
-    num_updates: int = 60_000
-    """gradient steps"""
-    batch_size: int = 128
-    """transitions per step"""
-    learning_rate: float = 2e-4
-    """Adam's peak learning rate: from 0.01x to 1x over the warm-up, then linearly to 0"""
-    warmup_updates: int = 1000
-    """length of the warm-up"""
-    eval_every: int = 1000
-    """updates between evaluations on 1,024 test frames"""
+    policy_scale: float = 4.0  # width of the policy's IMPALA-CNN: 16, 32, 32 channels times this
+    num_updates: int = 60_000  # gradient steps
+    batch_size: int = 128  # transitions per step
+    learning_rate: float = 2e-4  # Adam's peak rate: from 0.01x to 1x over the warm-up, then linearly to 0
+    warmup_updates: int = 1000  # length of the warm-up
+    eval_every: int = 1000  # updates between evaluations on 1,024 test frames
     # run
-    runs_dir: str = "runs"
-    """where run folders are made"""
-    overwrite: bool = False
-    """replace the run in the run folder; without it a finished one is kept, an unfinished one goes on"""
-    checkpoint_seconds: float = 60.0
-    """seconds between checkpoints from which an interrupted run goes on"""
-    cuda: bool = True
-    """use CUDA, or another accelerator that torch knows, where there is one"""
-    bf16: tyro.conf.DisallowNone[bool | None] = None
-    """forward passes in bfloat16 (parameters and losses stay float32); default: if that is faster here"""
+    runs_dir: str = "runs"  # where run folders are made
+    overwrite: bool = False  # replace the run in the run folder; else a finished one is kept, another goes on
+    checkpoint_seconds: float = 60.0  # seconds between checkpoints from which an interrupted run goes on
+    cuda: bool = True  # use CUDA, or another accelerator that torch knows, where there is one
+    bf16: tyro.conf.DisallowNone[bool | None] = None  # forward passes in bfloat16; default: if faster here
 
 
 class ResidualBlock(nn.Module):
@@ -192,25 +174,24 @@ def load_checkpoint(path, made_by, parts, args):
 
 def choose_precision(args, device, step):
     """The autocast: as --[no-]bf16 says, else bfloat16 if step(), on a few samples, is faster in it here."""
-    autocasts = [torch.autocast(device.type, torch.bfloat16, enabled=enabled) for enabled in (False, True)]
 
-    def seconds(work, autocast=autocasts[0]):
-        with autocast:
-            timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-            return min(timer.blocked_autorange(min_run_time=0.3).times)
+    def speedup(work):  # of bfloat16
+        seconds = []
+        for enabled in (False, True):
+            with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+                timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+                seconds.append(min(timer.blocked_autorange(min_run_time=0.3).times))
+        return seconds[0] / seconds[1]
 
     if args.bf16 is None and device.type != "cpu":
         args.bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     elif args.bf16 is None:
-        x, y = torch.ones(256, 256), torch.ones(256, 256, dtype=torch.bfloat16)
-        ratio = seconds(lambda: x @ x) / seconds(lambda: y @ y)
-        if ratio > 0.2:  # without bfloat16 instructions it is a hundredth, and a step would take minutes
-            ratio = seconds(step, autocasts[0]) / seconds(step, autocasts[1])
+        ratio = speedup(lambda: torch.ones(256, 256) @ torch.ones(256, 256))
+        ratio = speedup(step) if ratio > 0.2 else ratio  # 0.01: no instructions, a step would take minutes
         args.bf16 = ratio > 1.1
-        other = "--no-bf16 to force float32" if args.bf16 else "so float32; --bf16 to force bfloat16"
-        print(f"bfloat16: {ratio:.2g}× float32 on this machine ({other})")
+        print(f"bfloat16: {ratio:.2g}× float32 on this machine (--bf16 or --no-bf16 forces one)")
     print(f"{args.env_id}: {device}, {'bfloat16' if args.bf16 else 'float32'}")
-    return autocasts[args.bf16]
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
 
 
 def write_whole(path, content):
@@ -251,12 +232,10 @@ class Run:
             args.bf16 = before["bf16"] if args.bf16 is None else args.bf16
             changed = {k: v for k, v in before.items() if v != vars(args).get(k) and k not in free}
             if changed:
-                sys.exit(
-                    f"error: {self.dir} was begun with {changed}: keep to it, add --overwrite or {other}"
-                )
+                sys.exit(f"error: {self.dir} began with {changed}: keep to it, add --overwrite or {other}")
         self.meta = {"format_version": FORMAT_VERSION, "stage": Path(__file__).stem, "env_id": args.env_id}
         self.meta["command"] = "python " + shlex.join(arg for arg in sys.argv if arg != "--overwrite")
-        self.meta |= {"args": vars(args), "identity": self.state.get("identity", uuid.uuid4().hex)}
+        self.meta |= {"args": vars(args), "identity": self.state.get("identity", os.urandom(16).hex())}
         self.saved, self.began = time.time(), time.time() - self.state.get("seconds", 0.0)
         self.writer = SummaryWriter(self.dir, purge_step=self.state.get("step", 0) + 1)
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -21,10 +21,8 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import gym_notices.notices
 import numpy as np
@@ -33,96 +31,49 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from filelock import FileLock
-from torch.utils.benchmark import Timer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 gym_notices.notices.notices.clear()  # else procgen's import of gym prints four lines about gym's future
 from procgen import ProcgenGym3Env  # noqa: E402
-from procgen.env import ENV_NAMES  # noqa: E402
 
-FORMAT_VERSION = 3  # of checkpoints
-SCORE = ("return_mean", "return_stderr", "episodes")
-# Mean returns of a random policy and of the paper's expert, Procgen easy mode, all levels (paper, appendix)
-PAPER_SCORES = {
-    "bigfish": (0.8743, 36.3362), "bossfight": (0.0462, 11.6344), "caveflyer": (2.5971, 9.1836),
-    "chaser": (0.6632, 9.9557), "climber": (2.2243, 10.2336), "coinrun": (2.7048, 9.9325),
-    "dodgeball": (0.6130, 13.4866), "fruitbot": (-2.5330, 29.9253), "heist": (3.0759, 9.6853),
-    "jumper": (3.4105, 8.4602), "leaper": (2.5105, 7.4083), "maze": (4.2726, 9.9693),
-    "miner": (1.2514, 11.8926), "ninja": (2.5600, 9.4746), "plunder": (4.3207, 11.4605),
-    "starpilot": (1.5252, 66.9863),
-}  # fmt: skip
+FORMAT_VERSION = 4  # of checkpoints
 
 
 @dataclass
 class Args:
     # what
-    env_id: str = "bossfight"
-    """the Procgen game, one of the 16"""
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """the name of this experiment; the run folder is RUNS_DIR/ENV_ID__EXP_NAME__SEED"""
-    seed: int = 1
-    """seed of the experiment"""
+    env_id: str = "bossfight"  # the Procgen game, one of the 16
+    exp_name: str = Path(__file__).stem  # the run folder is RUNS_DIR/ENV_ID__EXP_NAME__SEED
+    seed: int = 1  # seed of the experiment
     # data
-    data_dir: str | None = None
-    """the dataset of collect_expert_data.py; default data/ENV_ID"""
-    bc_checkpoint: str | None = None
-    """the checkpoint of lapo_bc.py; default RUNS_DIR/ENV_ID__lapo_bc__SEED/checkpoint.pt"""
-    allow_unfinished: bool = False
-    """take the checkpoint of an unfinished run, too"""
+    data_dir: str | None = None  # the dataset of collect_expert_data.py; default data/ENV_ID
+    bc_checkpoint: str | None = None  # of lapo_bc.py; default RUNS_DIR/ENV_ID__lapo_bc__SEED/checkpoint.pt
+    allow_unfinished: bool = False  # take the checkpoint of an unfinished run, too
     # method
     num_labels: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
     """the label counts n: this many training frames come with their true action"""
-    num_draws: int = 5
-    """draws of the labelled frames; results are means over them"""
-    eval_episodes: int = 100
-    """episodes per method and label count, spread over the draws; random play gets at least 100"""
-    num_envs: int = 64
-    """the most games played in parallel"""
-    temperature: float = 1.0
-    """actions are sampled from softmax(logits / temperature), for LAPO and for cloning alike"""
-    decoder_hidden: tuple[int, ...] = (192, 128, 64)
-    """hidden widths of the decoder"""
-    decoder_features: bool = False
-    """ours: the decoder learns from pi(o_t) and the 256 features behind it, not from the IDM's latent"""
-    finetune: Literal["none", "head", "all"] = "none"
-    """ours: then train decoder and policy as one on the labels, the policy's last two layers (head) or all"""
-    cloning: bool = True
-    """play cloning from scratch, too"""
+    num_draws: int = 5  # draws of the labelled frames; results are means over them
+    eval_episodes: int = 100  # episodes per method and n, over all draws; random play gets at least 100
+    num_envs: int = 64  # the most games played in parallel
+    temperature: float = 1.0  # actions are drawn from softmax(logits / temperature), LAPO's and cloning's
+    decoder_hidden: tuple[int, ...] = (192, 128, 64)  # hidden widths of the decoder
+    finetune: bool = False  # ours, for many labels: the decoder sees pi's features, then both learn as one
+    cloning: bool = True  # play cloning from scratch, too
     # optimisation
-    decoder_updates: int = 200
-    """gradient steps of a decoder; many overfit a handful of labels, for thousands 800 do better"""
-    decoder_learning_rate: float = 1e-3
-    """AdamW's learning rate for a decoder, linearly to 0"""
-    finetune_updates: int = 200
-    """gradient steps of --finetune"""
-    finetune_epochs: int = 0
-    """at least so many passes over the labels, if that takes more steps than finetune_updates"""
-    finetune_learning_rate: float = 1e-4
-    """AdamW's learning rate for --finetune, linearly to 0"""
-    cloning_updates: int = 1000
-    """gradient steps of cloning; few learn little more than how often each action is taken, many overfit"""
-    cloning_epochs: int = 0
-    """at least so many passes over the labels, if that takes more steps than cloning_updates"""
-    cloning_learning_rate: float = 5e-4
-    """AdamW's learning rate for cloning, linearly to 0"""
-    policy_batch_size: int = 128
-    """the largest batch of cloning and of --finetune; the decoder's is 512"""
-    label_smoothing: float = 0.05
-    """label smoothing of all three"""
-    weight_decay: float = 1e-2
-    """decoupled weight decay (AdamW) of all three"""
+    decoder_updates: int = 200  # gradient steps of a decoder; for thousands of labels 800 do better
+    decoder_learning_rate: float = 1e-3  # AdamW's learning rate for a decoder, linearly to 0
+    cloning_updates: int = 1000  # gradient steps of cloning, and of --finetune
+    cloning_epochs: int = 0  # at least so many passes over the labels, if that is more steps
+    cloning_learning_rate: float = 5e-4  # AdamW's learning rate for both, linearly to 0
+    policy_batch_size: int = 128  # the largest batch of both; the decoder's is 512
+    label_smoothing: float = 0.05  # label smoothing of all
+    weight_decay: float = 1e-2  # decoupled weight decay (AdamW) of all
     # run
-    runs_dir: str = "runs"
-    """where run folders are made"""
-    overwrite: bool = False
-    """replace the run in the run folder; without it a finished one is kept, an unfinished one goes on"""
-    checkpoint_seconds: float = 60.0
-    """seconds between checkpoints from which an interrupted run goes on; they lie between two draws"""
-    cuda: bool = True
-    """use CUDA, or another accelerator that torch knows, where there is one"""
-    bf16: tyro.conf.DisallowNone[bool | None] = None
-    """forward passes in bfloat16 (parameters and losses stay float32); default: if that is faster here"""
+    runs_dir: str = "runs"  # where run folders are made
+    overwrite: bool = False  # replace the run in the run folder; else a finished one is kept, another goes on
+    cuda: bool = True  # use CUDA, or another accelerator that torch knows, where there is one
+    bf16: bool = False  # forward passes in bfloat16
 
 
 class ResidualBlock(nn.Module):
@@ -222,26 +173,12 @@ class DecodedPolicy(nn.Module):
             return self.decoder(torch.cat([z, x.float()], dim=1) if self.features else z)
 
 
-class ScratchPolicy(nn.Module):
-    """Cloning's f(o_t), as large as pi: observations (B, 64, 64, 3) uint8 -> logits (B, 15)."""
-
-    def __init__(self, scale, patch_size=1, num_actions=15):
-        super().__init__()
-        self.network = ImpalaCNN(3, scale, patch_size)
-        self.actor = nn.Linear(256, num_actions)
-
-    def forward(self, obs):
-        return self.actor(self.network(obs.permute(0, 3, 1, 2).float() / 255 - 0.5)).float()
-
-
-def fit(model, x, actions, updates, epochs, learning_rate, batch_size, args, autocast):
+def fit(model, x, actions, updates, learning_rate, batch_size, args, autocast):
     """Minimises the cross-entropy of model(x) on n labels: inputs x (n, ...), actions (n,).
 
     Batches come from shuffled epochs, what is left of one is dropped; the learning rate falls linearly to 0.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=args.weight_decay)
-    updates = max(updates, math.ceil(epochs * len(x) / batch_size))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=args.weight_decay)
     batch_size, queue = min(batch_size, len(x)), torch.empty(0, dtype=torch.long)
     for update in range(updates):
         optimizer.param_groups[0]["lr"] = learning_rate * (1 - update / updates)
@@ -252,12 +189,20 @@ def fit(model, x, actions, updates, epochs, learning_rate, batch_size, args, aut
             logits = model(x[batch])
         loss = F.cross_entropy(logits.float(), actions[batch], label_smoothing=args.label_smoothing)
         if not torch.isfinite(loss):
-            found = f"loss {loss.item()} at update {update} of {type(model).__name__} on {len(x)} labels"
-            sys.exit(f"error: {found}: lower its learning rate, or try --no-bf16")
+            sys.exit(
+                f"error: loss {loss.item()} on {len(x)} labels: lower the learning rate, or try --no-bf16"
+            )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return model.eval()
+
+
+def fit_policy(policy, obs, actions, args, autocast):
+    """Cloning: trains policy(o_t) -> logits of a_t on n labels, observations (n, 64, 64, 3)."""
+    updates = max(args.cloning_updates, math.ceil(args.cloning_epochs * len(obs) / args.policy_batch_size))
+    how = updates, args.cloning_learning_rate, args.policy_batch_size
+    return fit(policy, obs, actions, *how, args, autocast)
 
 
 def fit_lapo(policy, x, mean, std, obs, actions, args, autocast):
@@ -265,24 +210,23 @@ def fit_lapo(policy, x, mean, std, obs, actions, args, autocast):
 
     d learns a_t from x (n, ...), the IDM's continuous latents: the IDM saw o_{t+1}, and so what was done. It
     plays on pi(o_t), which was cloned on such latents. Their mean and std are given: n labels are too few.
-    Ours: with --decoder-features x is what pi made of o_t; with --finetune d and pi then learn on as one.
+    Ours: with --finetune x is what pi made of o_t, its latent and features; then d and pi are cloned as one.
     """
     decoder = Decoder(len(mean), args.decoder_hidden).to(x.device)
     decoder.mean.copy_(mean)
     decoder.std.copy_(std)
-    how = args.decoder_updates, 0, args.decoder_learning_rate, 512
+    how = args.decoder_updates, args.decoder_learning_rate, 512
     fit(decoder, x, actions, *how, args, torch.autocast(x.device.type, enabled=False))  # in float32
-    decoded = DecodedPolicy(copy.deepcopy(policy), decoder, args.decoder_features)
-    if args.finetune != "none":
-        head = nn.ModuleList([decoded.policy.network.fc, decoded.policy.head])
-        (decoded.policy if args.finetune == "all" else head).requires_grad_(True)
-        how = args.finetune_updates, args.finetune_epochs, args.finetune_learning_rate, args.policy_batch_size
-        fit(decoded, obs, actions, *how, args, autocast)
-    return decoded
+    decoded = DecodedPolicy(copy.deepcopy(policy), decoder, args.finetune)
+    return (
+        fit_policy(decoded.requires_grad_(True), obs, actions, args, autocast) if args.finetune else decoded
+    )
 
 
-def mean_and_stderr(x):
-    return float(np.mean(x)), float(np.std(x, ddof=1) / np.sqrt(len(x)))
+def mean_and_stderr(returns):
+    """The mean of returns (n,) and its standard error, as results name them."""
+    stderr = np.std(returns, ddof=1) / np.sqrt(len(returns))
+    return {"return_mean": float(np.mean(returns)), "return_stderr": float(stderr)}
 
 
 def load_dataset(args):
@@ -319,16 +263,20 @@ def make_env(env_id, num_envs, num_levels, start_level, seed):
     return ProcgenGym3Env(num_envs, env_id, rand_seed=seed, num_threads=min(4, os.cpu_count()), **levels)
 
 
-def evaluate(act, env, num_episodes):
-    """Returns (num_episodes,) of games in which act(obs (B, 64, 64, 3), episode (B,)) takes the actions.
+@torch.inference_mode()
+def evaluate(policy, env, num_episodes, generator, run):
+    """Returns (num_episodes,) of games with actions drawn from softmax(policy(obs, episode)), (B, 15).
 
     An env that ends its episode begins the next in line; every episode counts, however long.
     """
     episode, running, returns = np.arange(env.num), np.zeros(env.num), np.full(num_episodes, np.nan)
     progress = tqdm(total=num_episodes, unit="episode", desc="play", leave=False)
     while np.isnan(returns).any():
+        run.leave_if_stopped()
         playing, action = np.flatnonzero(episode < num_episodes), np.zeros(env.num, dtype=np.int32)
-        action[playing] = act(env.observe()[1]["rgb"][playing], episode[playing])
+        obs = torch.from_numpy(env.observe()[1]["rgb"][playing]).to(generator.device)
+        probs = policy(obs, episode[playing]).softmax(-1)
+        action[playing] = torch.multinomial(probs, 1, generator=generator).squeeze(-1).cpu().numpy()
         env.act(action)
         reward, _, first = env.observe()
         running += reward
@@ -338,29 +286,25 @@ def evaluate(act, env, num_episodes):
                 progress.update()
             episode[e], running[e] = episode.max() + 1, 0
     progress.close()
+    env.close()
     return returns
 
 
 def play(policies, num_episodes, seed, data, device, autocast, run):
     """Returns (len(policies), num_episodes): all play in one batch of games, one after another."""
-    generator = torch.Generator(device).manual_seed(seed)
-    num_envs = min(run.args.num_envs, len(policies) * num_episodes)
-    env = make_env(run.args.env_id, num_envs, data["num_levels"], data["start_level"], seed)
 
-    @torch.inference_mode()
-    def act(obs, episode):
-        run.leave_if_stopped()
-        obs, logits = torch.as_tensor(obs, device=device), torch.zeros(len(obs), 15, device=device)
+    def policy(obs, episode):
+        logits = torch.zeros(len(obs), 15, device=device)
         for p in np.unique(episode // num_episodes):
             mine = torch.from_numpy(episode // num_episodes == p).to(device)
             with autocast:
                 logits[mine] = policies[p](obs[mine])
-        probs = (logits / run.args.temperature).softmax(-1)
-        return torch.multinomial(probs, 1, generator=generator).squeeze(-1).cpu().numpy()
+        return logits / run.args.temperature
 
-    returns = evaluate(act, env, len(policies) * num_episodes)
-    env.close()
-    return returns.reshape(len(policies), num_episodes)
+    n, generator = len(policies) * num_episodes, torch.Generator(device).manual_seed(seed)
+    levels = data["num_levels"], data["start_level"]
+    env = make_env(run.args.env_id, min(run.args.num_envs, n), *levels, seed)
+    return evaluate(policy, env, n, generator, run).reshape(len(policies), num_episodes)
 
 
 def load_checkpoint(path, made_by, parts, args):
@@ -379,29 +323,6 @@ def load_checkpoint(path, made_by, parts, args):
     if path == unfinished and not args.allow_unfinished:
         sys.exit(f"error: {path.parent} is unfinished: `{checkpoint['command']}`, or --allow-unfinished")
     return checkpoint
-
-
-def choose_precision(args, device, step):
-    """The autocast: as --[no-]bf16 says, else bfloat16 if step(), on a few samples, is faster in it here."""
-    autocasts = [torch.autocast(device.type, torch.bfloat16, enabled=enabled) for enabled in (False, True)]
-
-    def seconds(work, autocast=autocasts[0]):
-        with autocast:
-            timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-            return min(timer.blocked_autorange(min_run_time=0.3).times)
-
-    if args.bf16 is None and device.type != "cpu":
-        args.bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    elif args.bf16 is None:
-        x, y = torch.ones(256, 256), torch.ones(256, 256, dtype=torch.bfloat16)
-        ratio = seconds(lambda: x @ x) / seconds(lambda: y @ y)
-        if ratio > 0.2:  # without bfloat16 instructions it is a hundredth, and a step would take minutes
-            ratio = seconds(step, autocasts[0]) / seconds(step, autocasts[1])
-        args.bf16 = ratio > 1.1
-        other = "--no-bf16 to force float32" if args.bf16 else "so float32; --bf16 to force bfloat16"
-        print(f"bfloat16: {ratio:.2g}× float32 on this machine ({other})")
-    print(f"{args.env_id}: {device}, {'bfloat16' if args.bf16 else 'float32'}")
-    return autocasts[args.bf16]
 
 
 def write_whole(path, content):
@@ -442,12 +363,10 @@ class Run:
             args.bf16 = before["bf16"] if args.bf16 is None else args.bf16
             changed = {k: v for k, v in before.items() if v != vars(args).get(k) and k not in free}
             if changed:
-                sys.exit(
-                    f"error: {self.dir} was begun with {changed}: keep to it, add --overwrite or {other}"
-                )
+                sys.exit(f"error: {self.dir} began with {changed}: keep to it, add --overwrite or {other}")
         self.meta = {"format_version": FORMAT_VERSION, "stage": Path(__file__).stem, "env_id": args.env_id}
         self.meta["command"] = "python " + shlex.join(arg for arg in sys.argv if arg != "--overwrite")
-        self.meta |= {"args": vars(args), "identity": self.state.get("identity", uuid.uuid4().hex)}
+        self.meta |= {"args": vars(args), "identity": self.state.get("identity", os.urandom(16).hex())}
         self.saved, self.began = time.time(), time.time() - self.state.get("seconds", 0.0)
         self.writer = SummaryWriter(self.dir, purge_step=self.state.get("step", 0) + 1)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -502,34 +421,24 @@ class Run:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    if args.env_id not in ENV_NAMES:
-        sys.exit(f"error: --env-id {args.env_id} is no Procgen game: choose one of {', '.join(ENV_NAMES)}")
     counts = args.num_draws - 1, args.eval_episodes, args.num_envs, args.policy_batch_size
-    updates = args.decoder_updates, args.finetune_updates, args.cloning_updates
-    if min(*counts, *updates) < 1 or not args.temperature > 0:
+    if min(*counts, args.decoder_updates, args.cloning_updates) < 1 or not args.temperature > 0:
         least = "--num-draws 2, --eval-episodes, --num-envs, --policy-batch-size and all updates 1"
         sys.exit(f"error: a flag is too small: {least}, --temperature more than 0")
     default = f"{args.runs_dir}/{args.env_id}__lapo_bc__{args.seed}/checkpoint.pt"
-    parts = ["policy", "idm", "pretrain_args"]
-    cloned = load_checkpoint(args.bc_checkpoint or default, "lapo_bc", parts, args)
+    cloned = load_checkpoint(args.bc_checkpoint or default, "lapo_bc", ["policy", "idm"], args)
     data, frames, windows = load_dataset(args)
-    frames, windows, demonstrator = frames["train"], windows["train"], data.get("demonstrator") or {}
+    frames, windows, demonstrator = frames["train"], windows["train"], data["demonstrator"]
     path = Path(args.data_dir or f"data/{args.env_id}") / "train" / "actions.npy"
     try:
         actions = np.load(path)  # a_t was taken on seeing frame t
-        found = actions.shape, str(actions.dtype), actions.min() >= 0 and actions.max() < 15
-        if found != ((len(frames),), "int8", True):
-            raise ValueError(f"{found[:2]}, {actions.min()} to {actions.max()}")
+        if len(actions) != len(frames) or not 0 <= actions.min() <= actions.max() < 15:
+            raise ValueError(f"{len(actions)} of {actions.min()} to {actions.max()}")
     except (OSError, ValueError, EOFError) as e:
-        again = f"collect the dataset again, `python collect_expert_data.py --env-id {args.env_id}`"
-        sys.exit(f"error: {path} is not {len(frames)} int8 actions of 0 to 14 ({e}): {again}")
+        sys.exit(f"error: {path} is not {len(frames)} actions of 0 to 14 ({e}): collect the dataset again")
     fewest, most = min(args.num_labels, default=0), max(args.num_labels, default=0)
-    if not 1 <= fewest <= most <= len(windows) or len(set(args.num_labels)) < len(args.num_labels):
-        wanted = f"each count once, from 1 to {len(windows)}, the windows of this dataset"
-        sys.exit(f"error: --num-labels {args.num_labels}, expected {wanted}")
-    if not demonstrator.keys() >= set(SCORE):
-        wanted = f"demonstrator with {', '.join(SCORE)}, the score to compare with"
-        sys.exit(f"error: the dataset's meta.json has no {wanted}: add it, or collect the dataset again")
+    if not 1 <= fewest <= most <= len(windows):
+        sys.exit(f"error: --num-labels {args.num_labels}: this dataset has {len(windows)} windows to label")
     run = Run(args, inputs=[cloned["identity"], data.get("identity")])
     run.meta |= {"pretrain_args": cloned["pretrain_args"], "bc_args": cloned["args"], "data": data}
     device = (torch.accelerator.current_accelerator(True) if args.cuda else None) or torch.device("cpu")
@@ -542,34 +451,27 @@ if __name__ == "__main__":
     policy = LatentPolicy(cloned["args"]["policy_scale"], latent_dim, patch)
     policy.load_state_dict(cloned["policy"])
     policy = policy.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-
-    def new_scratch():
-        scratch = ScratchPolicy(cloned["args"]["policy_scale"], patch)
-        return scratch.to(device, memory_format=torch.channels_last)
+    autocast = torch.autocast(device.type, torch.bfloat16, args.bf16)
+    print(f"{args.env_id}: {device}, {'bfloat16' if args.bf16 else 'float32'}")
 
     def load_obs(t):
         return torch.from_numpy(frames[t]).to(device)  # (B, 64, 64, 3) uint8
 
-    trial, few = new_scratch(), load_obs(windows[:16])
-    autocast = choose_precision(args, device, lambda: trial(few).mean().backward())
-    latent_and_features = DecodedPolicy(policy, nn.Identity(), True)
-
     @torch.no_grad()
     def decoder_inputs(t):
-        """What a decoder learns from at times t (n,): (n, latent_dim), with --decoder-features 256 more."""
-        pieces = np.array_split(t, math.ceil(len(t) / 512))
+        """What a decoder learns from at times t (n,): (n, latent_dim), with --finetune 256 features more."""
+        seen, pieces = DecodedPolicy(policy, nn.Identity(), True), np.split(t, range(512, len(t), 512))
         with autocast:
-            if args.decoder_features:
-                return torch.cat([latent_and_features(load_obs(piece)) for piece in pieces])
+            if args.finetune:
+                return torch.cat([seen(load_obs(piece)) for piece in pieces])
             return torch.cat([idm(get_windows(frames, piece, device)) for piece in pieces])
 
     mean, std = policy.mean, policy.std  # of the latents that stage 3 cloned
-    if args.decoder_features:  # frames without labels say how to standardise features
+    if args.finetune:  # frames without labels say how to standardise features
         x = decoder_inputs(np.random.default_rng(args.seed).permutation(windows)[:4096])
         mean, std = x.mean(0), x.std(0) + 1e-3
-    decoder = Decoder(len(mean), args.decoder_hidden)
-    kept = DecodedPolicy(copy.deepcopy(policy), decoder, args.decoder_features)  # for checkpoint.pt
-    state = run.restore(policy=kept.policy, decoder=kept.decoder)
+    kept = DecodedPolicy(copy.deepcopy(policy), Decoder(len(mean), args.decoder_hidden), args.finetune)
+    state = run.restore(policy=kept.policy, decoder=kept.decoder)  # checkpoint.pt's: most labels, first draw
 
     methods = ["lapo_decoder", "cloning_from_scratch"] if args.cloning else ["lapo_decoder"]
     plan = [(n, method) for n in args.num_labels for method in methods]
@@ -581,7 +483,7 @@ if __name__ == "__main__":
         # the n labelled windows are the first n of the draw's permutation: more labels contain fewer
         t = np.random.default_rng([args.seed, draw]).permutation(windows)[:most]
         x, obs = decoder_inputs(t), load_obs(t)
-        labels = torch.from_numpy(actions[t].astype(np.int64)).to(device)  # (n,)
+        labels = torch.from_numpy(actions[t]).long().to(device)  # (n,)
         policies = []
         for n, method in tqdm(plan, f"draw {draw + 1} of {args.num_draws}: fit", unit="policy", leave=False):
             run.leave_if_stopped()
@@ -589,39 +491,30 @@ if __name__ == "__main__":
                 policies.append(fit_lapo(policy, x[:n], mean, std, obs[:n], labels[:n], args, autocast))
                 if draw == 0 and n == most:
                     kept.load_state_dict(policies[-1].state_dict())
-            else:
-                how = args.cloning_updates, args.cloning_epochs, args.cloning_learning_rate
-                how = *how, args.policy_batch_size, args, autocast
-                policies.append(fit(new_scratch(), obs[:n], labels[:n], *how))
+            else:  # f(o_t) from scratch: pi's network, with 15 logits for a latent
+                new = LatentPolicy(cloned["args"]["policy_scale"], 15, patch)
+                new = new.to(device, memory_format=torch.channels_last)
+                policies.append(fit_policy(new, obs[:n], labels[:n], args, autocast))
         played.append(play(policies, num_episodes, seed, data, device, autocast, run).tolist())
-        if run.due() or draw == args.num_draws - 1:
-            run.save(draw + 1, played=played)
-    policies = [lambda obs: torch.zeros(len(obs), 15, device=device)]
-    num_episodes, seed = max(100, args.eval_episodes), args.seed * 1000 + args.num_draws
-    random_returns = play(policies, num_episodes, seed, data, device, autocast, run)[0]
+        run.save(draw + 1, played=played)
+    uniform, seed = lambda obs: torch.zeros(len(obs), 15, device=device), args.seed * 1000 + args.num_draws
+    at_random = play([uniform], max(100, args.eval_episodes), seed, data, device, autocast, run)[0]
 
     # A result is the mean over draws of the mean return of a draw's episodes. Which frames were labelled
     # matters more than luck in play, and all episodes of a draw share it: its standard error is over draws.
     rows = []
     for (n, method), returns in zip(plan, np.swapaxes(played, 0, 1)):  # (num_draws, num_episodes)
-        draws = returns.mean(1)
-        row = {"method": method, "n_labels": n, **dict(zip(SCORE, (*mean_and_stderr(draws), returns.size)))}
-        rows.append(row | {"draws": draws.tolist(), "returns": returns.tolist()})
-    score = dict(zip(SCORE, (*mean_and_stderr(random_returns), num_episodes)))
-    rows.append({"method": "random", **score, "returns": random_returns.tolist()})
-    rows.append({"method": "demonstrator", **{key: demonstrator[key] for key in SCORE}})
-    paper_random, paper_expert = PAPER_SCORES[args.env_id]
-    random_mean, demonstrator_mean = rows[-2]["return_mean"], rows[-1]["return_mean"]
+        row = {"method": method, "n_labels": n, **mean_and_stderr(returns.mean(1)), "episodes": returns.size}
+        rows.append(row | {"draws": returns.mean(1).tolist(), "returns": returns.tolist()})
+        run.writer.add_scalar(f"{method}/return_mean", row["return_mean"], n)
+    random = {"method": "random", **mean_and_stderr(at_random), "episodes": len(at_random)}
+    ends = random | {"returns": at_random.tolist()}, {"method": "demonstrator", **demonstrator}
+    worst, best = (end["return_mean"] for end in ends)
     print(f"\n{args.env_id}: means over {args.num_draws} draws of the labels, +- their standard error")
-    print(f"{'method':20s} labels return +- stderr  of expert  of demonstrator")
-    for row in rows:  # relative: 0 is random play, 1 the paper's expert, or the demonstrator of this dataset
-        method, n, mean = row["method"], row.get("n_labels", ""), row["return_mean"]
-        row["relative_return"] = (mean - paper_random) / (paper_expert - paper_random)
-        row["relative_to_demonstrator"] = (mean - random_mean) / (demonstrator_mean - random_mean or math.nan)
-        relative = f"{row['relative_return']:10.2f} {row['relative_to_demonstrator']:16.2f}"
-        print(f"{method:20s} {n:6} {mean:8.2f} +- {row['return_stderr']:5.2f} {relative}")
-    for row in rows[:-2]:
-        for key in ("return_mean", "relative_return", "relative_to_demonstrator"):
-            run.writer.add_scalar(f"{row['method']}/{key}", row[key], row["n_labels"])
-    run.finish(num_draws=args.num_draws, curve=rows[:-2], random=rows[-2], demonstrator=rows[-1])
+    print(f"{'method':20s} labels return +- stderr  of demonstrator")
+    for row in (*rows, *ends):
+        row["relative_to_demonstrator"] = (row["return_mean"] - worst) / (best - worst or math.nan)
+        score = "{return_mean:8.2f} +- {return_stderr:5.2f} {relative_to_demonstrator:16.2f}".format(**row)
+        print(f"{row['method']:20s} {row.get('n_labels', ''):6} {score}")
+    run.finish(num_draws=args.num_draws, curve=rows, random=ends[0], demonstrator=ends[1])
     print(f"next: python lapo_finetune_ppo.py --env-id {args.env_id} --runs-dir {args.runs_dir}")

@@ -2,10 +2,7 @@
 
     RL+SL (default)   logits = (action head + decoder(latent policy)) / 2; the decoder learns the actions
                       from the agent's own transitions, which the IDM labels with latents
-    --no-sl           the action head alone, on the cloned features: the paper's "RL, no SL"; and its
-                      "no-VQ", after lapo_pretrain.py --no-vq
-
-The loop is ppo_procgen.py's; as the cloned convolutions are frozen, PPO learns from stored features.
+    --no-sl           the action head alone: the paper's "RL, no SL", or after --no-vq its "no VQ"
 
     python lapo_finetune_ppo.py --env-id bossfight                                # the paper's scale
     python lapo_finetune_ppo.py --env-id coinrun --total-timesteps 245760         # toy
@@ -19,8 +16,6 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,91 +32,55 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 gym_notices.notices.notices.clear()  # else procgen's import of gym prints four lines about gym's future
+from gym.wrappers.normalize import RunningMeanStd  # noqa: E402
 from procgen import ProcgenGym3Env  # noqa: E402
-from procgen.env import ENV_NAMES  # noqa: E402
 
-FORMAT_VERSION = 3  # of checkpoints
+FORMAT_VERSION = 4  # of checkpoints
 
 
 @dataclass
 class Args:
     # what
-    env_id: str = "bossfight"
-    """the Procgen game, one of the 16"""
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """the name of this experiment; the run folder is RUNS_DIR/ENV_ID__EXP_NAME__SEED"""
-    seed: int = 1
-    """seed of the experiment"""
+    env_id: str = "bossfight"  # the Procgen game, one of the 16
+    exp_name: str = Path(__file__).stem  # the run folder is RUNS_DIR/ENV_ID__EXP_NAME__SEED
+    seed: int = 1  # seed of the experiment
     # data
-    bc_checkpoint: str | None = None
-    """the checkpoint of lapo_bc.py; default RUNS_DIR/ENV_ID__lapo_bc__SEED/checkpoint.pt"""
-    allow_unfinished: bool = False
-    """take the checkpoint of an unfinished run, too"""
+    bc_checkpoint: str | None = None  # of lapo_bc.py; default RUNS_DIR/ENV_ID__lapo_bc__SEED/checkpoint.pt
+    allow_unfinished: bool = False  # take the checkpoint of an unfinished run, too
     # method
-    sl: bool = True
-    """the online decoder; --no-sl is the paper's ablation"""
-    gamma: float = 0.999
-    """the discount factor"""
-    gae_lambda: float = 0.95
-    """the lambda of the generalised advantage estimation"""
-    norm_adv: bool = True
-    """normalise the advantages per minibatch"""
-    clip_coef: float = 0.2
-    """the surrogate clipping coefficient"""
-    clip_vloss: bool = True
-    """clip the value loss too, as in the PPO paper's code"""
-    ent_coef: float = 0.0025
-    """coefficient of the entropy bonus"""
-    vf_coef: float = 0.5
-    """coefficient of the value loss"""
-    decoder_hidden: tuple[int, ...] = (192, 128, 64)
-    """hidden widths of the decoder"""
-    decoder_frames: tuple[int, int] = (10_000, 400_000)
-    """frames between which the decoder is refit, anew each time, on all (latent, true action) pairs so far"""
-    decoder_every_update_until: int = 50_000
-    """frames up to which it is refit after every PPO update; then after every 20th"""
-    decoder_epochs: int = 3
-    """epochs of a refit"""
-    decoder_batch_size: int = 512
-    """batch size of a refit"""
-    decoder_learning_rate: float = 1e-3
-    """Adam's learning rate in a refit"""
-    label_smoothing: float = 0.05
-    """label smoothing of the decoder's cross-entropy"""
+    sl: bool = True  # the online decoder; --no-sl is the paper's ablation
+    gamma: float = 0.999  # the discount factor
+    gae_lambda: float = 0.95  # the lambda of the generalised advantage estimation
+    norm_adv: bool = True  # normalise the advantages per minibatch
+    clip_coef: float = 0.2  # the surrogate clipping coefficient
+    clip_vloss: bool = True  # clip the value loss too, as in the PPO paper's code
+    ent_coef: float = 0.0025  # coefficient of the entropy bonus
+    vf_coef: float = 0.5  # coefficient of the value loss
+    decoder_hidden: tuple[int, ...] = (192, 128, 64)  # hidden widths of the decoder
+    decoder_frames: tuple[int, int] = (10_000, 400_000)  # frames in which it is refit, on all pairs so far
+    decoder_every_update_until: int = 50_000  # frames up to which that is every update, then every 20th
+    decoder_epochs: int = 3  # epochs of a refit
+    decoder_batch_size: int = 512  # batch size of a refit
+    decoder_learning_rate: float = 1e-3  # Adam's learning rate in a refit
+    label_smoothing: float = 0.05  # label smoothing of the decoder's cross-entropy
     # optimisation
-    total_timesteps: int = 4_000_000
-    """frames of training"""
-    num_envs: int = 64
-    """parallel games"""
-    num_steps: int = 64
-    """steps in each game per rollout"""
-    num_minibatches: int = 8
-    """minibatches per epoch"""
-    update_epochs: int = 3
-    """epochs over each rollout"""
-    learning_rate: float = 1e-2
-    """Adam's base rate; a part's share of it rises over its warm-up, then falls linearly to 0 at the end"""
-    action_head_warmup: tuple[int, int] = (35_000, 50_000)
-    """frames over which the action head's rate rises from 0 to a quarter of the base rate"""
-    value_head_warmup: tuple[int, int] = (25_000, 50_000)
-    """frames over which the value head's rate rises from 0 to a quarter of the base rate"""
-    linear_warmup: tuple[int, int] = (50_000, 200_000)
-    """frames over which the rate of the trained Linear(., 256) rises from 0 to a tenth of the base rate"""
-    max_grad_norm: float = 0.5
-    """the maximum norm of the gradient"""
-    eval_episodes: int = 200
-    """episodes over which the final agent, and random play, are scored"""
+    total_timesteps: int = 4_000_000  # frames of training
+    num_envs: int = 64  # parallel games
+    num_steps: int = 64  # steps in each game per rollout
+    num_minibatches: int = 8  # minibatches per epoch
+    update_epochs: int = 3  # epochs over each rollout
+    learning_rate: float = 1e-2  # Adam's base rate; the parts' shares of it follow, and fall to 0 at the end
+    action_head_warmup: tuple[int, int] = (35_000, 50_000)  # frames in which the action head's rises to 1/4
+    value_head_warmup: tuple[int, int] = (25_000, 50_000)  # frames in which the value head's rises to 1/4
+    linear_warmup: tuple[int, int] = (50_000, 200_000)  # frames in which the last Linear's rises to 1/10
+    max_grad_norm: float = 0.5  # the maximum norm of the gradient
+    eval_episodes: int = 200  # episodes over which the final agent, and random play, are scored
     # run
-    runs_dir: str = "runs"
-    """where run folders are made"""
-    overwrite: bool = False
-    """replace the run in the run folder; without it a finished one is kept, an unfinished one goes on"""
-    checkpoint_seconds: float = 60.0
-    """seconds between checkpoints from which an interrupted run goes on"""
-    cuda: bool = True
-    """use CUDA, or another accelerator that torch knows, where there is one"""
-    bf16: tyro.conf.DisallowNone[bool | None] = None
-    """convolutions in bfloat16 (all else stays float32); default: if that is faster here"""
+    runs_dir: str = "runs"  # where run folders are made
+    overwrite: bool = False  # replace the run in the run folder; else a finished one is kept, another goes on
+    checkpoint_seconds: float = 60.0  # seconds between checkpoints from which an interrupted run goes on
+    cuda: bool = True  # use CUDA, or another accelerator that torch knows, where there is one
+    bf16: tyro.conf.DisallowNone[bool | None] = None  # convolutions in bfloat16; default: if faster here
 
 
 class ResidualBlock(nn.Module):
@@ -193,8 +152,8 @@ class Decoder(nn.Module):
 class FinetunedAgent(nn.Module):
     """PPO's actor-critic on the frozen convolutions of the cloned policy, whose latent is decoded beside it.
 
-    obs -> network.conv (frozen) -+- frozen_fc -> latent_head (frozen) -> decoder -+- mean -> action logits
-                                  '- network.fc (trained) -+- actor ---------------'
+    obs -> network.conv (frozen) -+- frozen_fc -> head (frozen) -> decoder -+- mean -> action logits
+                                  '- network.fc (trained) -+- actor --------'
                                                            '- critic -> value
     """
 
@@ -205,67 +164,54 @@ class FinetunedAgent(nn.Module):
         self.actor = nn.Linear(256, num_actions)
         self.critic = nn.Linear(256, 1)
         self.frozen_fc = nn.Linear(self.network.fc.in_features, 256)
-        self.latent_head = nn.Linear(256, latent_dim)
+        self.head = nn.Linear(256, latent_dim)
         self.decoder = Decoder(latent_dim, decoder_hidden, num_actions)
         for layer in (self.actor, self.decoder.mlp[-1]):  # logits are 0 before anything is learnt
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        for frozen in (self.network.conv, self.frozen_fc, self.latent_head, self.decoder):
+        for frozen in (self.network.conv, self.frozen_fc, self.head, self.decoder):
             frozen.requires_grad_(False)
 
     def load_policy(self, policy):
         """Takes the weights of the cloned LatentPolicy, its state_dict(); the Linear(., 256) twice."""
-        parts = {"network": self.network, "network.fc": self.frozen_fc, "head": self.latent_head}
-        for name, part in (parts | {"critic": self.critic}).items():
-            part.load_state_dict({key: policy[f"{name}.{key}"] for key in part.state_dict()})
+        self.load_state_dict(policy, strict=False)  # network, head and critic: what has the same names there
+        self.frozen_fc.load_state_dict(self.network.fc.state_dict())
         self.decoder.mean.copy_(policy["mean"])
         self.decoder.std.copy_(policy["std"])
 
-    def features(self, obs):
-        """Observations (B, 64, 64, 3) uint8 -> (B, 32 * scale * (8 / P)^2)."""
-        # HWC memory seen as (B, 3, 64, 64) is channels-last already: no copy
-        return self.network.conv(obs.permute(0, 3, 1, 2).float() / 255 - 0.5).float()
+    def features(self, obs, autocast):
+        """Observations (B, 64, 64, 3) uint8 -> (B, 32 * scale * (8 / P)^2), all that runs in autocast."""
+        with autocast:  # HWC memory seen as (B, 3, 64, 64) is channels-last already: no copy
+            return self.network.conv(obs.permute(0, 3, 1, 2).float() / 255 - 0.5).float()
 
-    def decoder_logits(self, features):
-        return self.decoder(self.latent_head(torch.relu(self.frozen_fc(features))))  # (B, 15)
-
-    def forward(self, features, decoder_logits):
-        """Logits (B, 15), values (B,) (paper section 6.1); decoder_logits are 0 until its first fit."""
+    def forward(self, features):
+        """Logits (B, 15), values (B,) (paper section 6.1); the decoder's logits are 0 until its first fit."""
         hidden = torch.relu(self.network.fc(features))  # (B, 256)
         logits = rl_logits = self.actor(hidden)
         if self.sl:
+            decoder_logits = self.decoder(self.head(torch.relu(self.frozen_fc(features))))
             logits = (rl_logits + decoder_logits) / 2
         return logits, self.critic(hidden).squeeze(-1)
-
-    def policy(self, obs, autocast):
-        """Action logits (B, 15) of observations; the convolutions under autocast, all else in float32."""
-        with autocast:
-            features = self.features(obs)
-        return self(features, self.decoder_logits(features))[0]
 
 
 class RewardNormalizer:
     """Rewards divided by the running deviation of the discounted return, clipped to +-10 (gym's wrapper)."""
 
     def __init__(self, num_envs, gamma):
-        self.gamma, self.returns = gamma, np.zeros(num_envs)
-        self.mean, self.var, self.count = 0.0, 1.0, 1e-4
+        self.gamma, self.returns, self.stats = gamma, np.zeros(num_envs), RunningMeanStd()
 
     def __call__(self, reward, done):
         self.returns = self.returns * self.gamma + reward
-        # Chan et al.'s parallel update of mean and variance
-        mean, var, n = self.returns.mean(), self.returns.var(), len(self.returns)
-        delta, total = mean - self.mean, self.count + n
-        self.var = (self.var * self.count + var * n + delta**2 * self.count * n / total) / total
-        self.mean, self.count = self.mean + delta * n / total, total
+        self.stats.update(self.returns)
         self.returns[done] = 0.0
-        return np.clip(reward / np.sqrt(self.var + 1e-8), -10, 10)
+        return np.clip(reward / np.sqrt(self.stats.var + 1e-8), -10, 10)
 
     def state_dict(self):
-        return {"returns": self.returns.tolist(), "stats": [float(self.mean), float(self.var), self.count]}
+        return {"returns": self.returns.tolist(), "stats": {k: float(x) for k, x in vars(self.stats).items()}}
 
     def load_state_dict(self, state):
-        self.returns, (self.mean, self.var, self.count) = np.array(state["returns"]), state["stats"]
+        self.returns = np.array(state["returns"])
+        vars(self.stats).update(state["stats"])
 
 
 def compute_gae(rewards, values, dones, next_value, next_done, gamma, gae_lambda):
@@ -327,9 +273,9 @@ def fit_decoder(decoder, z, actions, args):
             logits = decoder(z[batch])
             correct += (logits.argmax(-1) == actions[batch]).sum().item()
             loss = F.cross_entropy(logits, actions[batch], label_smoothing=args.label_smoothing)
-            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            optimizer.zero_grad()  # last, so that PPO's clipping sees none of these gradients
     decoder.requires_grad_(False)
     return correct / len(z)
 
@@ -340,25 +286,20 @@ def make_env(env_id, num_envs, num_levels, start_level, seed):
     return ProcgenGym3Env(num_envs, env_id, rand_seed=seed, num_threads=min(4, os.cpu_count()), **levels)
 
 
-def get_env_state(env):
-    """Snapshots of all games, a list of uint8 tensors."""
-    return [torch.frombuffer(bytearray(game), dtype=torch.uint8) for game in env.callmethod("get_state")]
-
-
-def set_env_state(env, state):
-    env.callmethod("set_state", [game.numpy().tobytes() for game in state])
-
-
-def evaluate(act, env, num_episodes):
-    """Returns (num_episodes,) of games in which act(obs (B, 64, 64, 3), episode (B,)) takes the actions.
+@torch.inference_mode()
+def evaluate(policy, env, num_episodes, generator, run):
+    """Returns (num_episodes,) of games with actions drawn from softmax(policy(obs, episode)), (B, 15).
 
     An env that ends its episode begins the next in line; every episode counts, however long.
     """
     episode, running, returns = np.arange(env.num), np.zeros(env.num), np.full(num_episodes, np.nan)
     progress = tqdm(total=num_episodes, unit="episode", desc="play", leave=False)
     while np.isnan(returns).any():
+        run.leave_if_stopped()
         playing, action = np.flatnonzero(episode < num_episodes), np.zeros(env.num, dtype=np.int32)
-        action[playing] = act(env.observe()[1]["rgb"][playing], episode[playing])
+        obs = torch.from_numpy(env.observe()[1]["rgb"][playing]).to(generator.device)
+        probs = policy(obs, episode[playing]).softmax(-1)
+        action[playing] = torch.multinomial(probs, 1, generator=generator).squeeze(-1).cpu().numpy()
         env.act(action)
         reward, _, first = env.observe()
         running += reward
@@ -368,27 +309,8 @@ def evaluate(act, env, num_episodes):
                 progress.update()
             episode[e], running[e] = episode.max() + 1, 0
     progress.close()
-    return returns
-
-
-@torch.inference_mode()
-def score(policy, num_levels, start_level, args, generator, run):
-    """Returns (eval_episodes,) of games with actions drawn from softmax(policy(obs)); Ctrl-C ends it."""
-    num_envs = min(args.num_envs, args.eval_episodes)
-    env = make_env(args.env_id, num_envs, num_levels, start_level, args.seed + 1000)
-
-    def act(obs, episode):
-        run.leave_if_stopped()
-        probs = policy(torch.as_tensor(obs, device=generator.device)).softmax(-1)
-        return torch.multinomial(probs, 1, generator=generator).squeeze(-1).cpu().numpy()
-
-    returns = evaluate(act, env, args.eval_episodes)
     env.close()
     return returns
-
-
-def mean_and_stderr(x):
-    return float(np.mean(x)), float(np.std(x, ddof=1) / np.sqrt(len(x)))
 
 
 def load_checkpoint(path, made_by, parts, args):
@@ -411,25 +333,24 @@ def load_checkpoint(path, made_by, parts, args):
 
 def choose_precision(args, device, step):
     """The autocast: as --[no-]bf16 says, else bfloat16 if step(), on a few samples, is faster in it here."""
-    autocasts = [torch.autocast(device.type, torch.bfloat16, enabled=enabled) for enabled in (False, True)]
 
-    def seconds(work, autocast=autocasts[0]):
-        with autocast:
-            timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-            return min(timer.blocked_autorange(min_run_time=0.3).times)
+    def speedup(work):  # of bfloat16
+        seconds = []
+        for enabled in (False, True):
+            with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+                timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+                seconds.append(min(timer.blocked_autorange(min_run_time=0.3).times))
+        return seconds[0] / seconds[1]
 
     if args.bf16 is None and device.type != "cpu":
         args.bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     elif args.bf16 is None:
-        x, y = torch.ones(256, 256), torch.ones(256, 256, dtype=torch.bfloat16)
-        ratio = seconds(lambda: x @ x) / seconds(lambda: y @ y)
-        if ratio > 0.2:  # without bfloat16 instructions it is a hundredth, and a step would take minutes
-            ratio = seconds(step, autocasts[0]) / seconds(step, autocasts[1])
+        ratio = speedup(lambda: torch.ones(256, 256) @ torch.ones(256, 256))
+        ratio = speedup(step) if ratio > 0.2 else ratio  # 0.01: no instructions, a step would take minutes
         args.bf16 = ratio > 1.1
-        other = "--no-bf16 to force float32" if args.bf16 else "so float32; --bf16 to force bfloat16"
-        print(f"bfloat16: {ratio:.2g}× float32 on this machine ({other})")
+        print(f"bfloat16: {ratio:.2g}× float32 on this machine (--bf16 or --no-bf16 forces one)")
     print(f"{args.env_id}: {device}, {'bfloat16' if args.bf16 else 'float32'}")
-    return autocasts[args.bf16]
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
 
 
 def write_whole(path, content):
@@ -470,12 +391,10 @@ class Run:
             args.bf16 = before["bf16"] if args.bf16 is None else args.bf16
             changed = {k: v for k, v in before.items() if v != vars(args).get(k) and k not in free}
             if changed:
-                sys.exit(
-                    f"error: {self.dir} was begun with {changed}: keep to it, add --overwrite or {other}"
-                )
+                sys.exit(f"error: {self.dir} began with {changed}: keep to it, add --overwrite or {other}")
         self.meta = {"format_version": FORMAT_VERSION, "stage": Path(__file__).stem, "env_id": args.env_id}
         self.meta["command"] = "python " + shlex.join(arg for arg in sys.argv if arg != "--overwrite")
-        self.meta |= {"args": vars(args), "identity": self.state.get("identity", uuid.uuid4().hex)}
+        self.meta |= {"args": vars(args), "identity": self.state.get("identity", os.urandom(16).hex())}
         self.saved, self.began = time.time(), time.time() - self.state.get("seconds", 0.0)
         self.writer = SummaryWriter(self.dir, purge_step=self.state.get("step", 0) + 1)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -530,8 +449,6 @@ class Run:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    if args.env_id not in ENV_NAMES:
-        sys.exit(f"error: --env-id {args.env_id} is no Procgen game: choose one of {', '.join(ENV_NAMES)}")
     T, E = args.num_steps, args.num_envs
     if min(T, E, args.num_minibatches, args.update_epochs, args.eval_episodes - 1) < 1:
         sys.exit("error: --num-steps, -envs, -minibatches, --update-epochs: 1 or more, --eval-episodes: 2")
@@ -545,12 +462,9 @@ if __name__ == "__main__":
     cloned = load_checkpoint(args.bc_checkpoint or default, "lapo_bc", ["policy", "idm", "data"], args)
     pretrain_args, data = cloned["pretrain_args"], cloned["data"]
     levels = data["num_levels"], data["start_level"]
-    start, end = args.decoder_frames
-    refits = [  # not after the last update: PPO could not adapt the policy to a new decoder any more
-        step
-        for step in range(batch_size, num_iterations * batch_size, batch_size)
-        if start <= step <= end and (step <= args.decoder_every_update_until or step // batch_size % 20 == 0)
-    ]
+    (start, end), early = args.decoder_frames, args.decoder_every_update_until
+    updates = range(batch_size, num_iterations * batch_size, batch_size)  # not after the last one
+    refits = [s for s in updates if start <= s <= end and (s <= early or s // batch_size % 20 == 0)]
     if args.sl and not refits:
         sys.exit(f"error: --decoder-frames {start} {end} hold no update but the last: widen them, or --no-sl")
     run = Run(args, inputs=[cloned["identity"]])
@@ -570,31 +484,27 @@ if __name__ == "__main__":
         {"params": agent.network.fc.parameters(), "warmup": args.linear_warmup, "peak": 0.1},
     ]
     optimizer = torch.optim.Adam(groups, lr=0.0, eps=1e-5, fused=True)
-    trained = [p for p in agent.parameters() if p.requires_grad]
     normalize_reward = RewardNormalizer(E, args.gamma)
     env = make_env(args.env_id, E, *levels, args.seed)
     next_obs, next_done = torch.tensor(env.observe()[1]["rgb"], device=device), torch.ones(E, device=device)
-    autocast = choose_precision(args, device, lambda: agent.features(next_obs))
+    autocast = choose_precision(args, device, lambda: agent.network(next_obs.permute(0, 3, 1, 2) / 255))
 
     # storage
     obs = torch.zeros((T, E, 64, 64, 3), dtype=torch.uint8, device=device)  # a quarter of float storage
-    features = torch.zeros((T, E, agent.network.fc.in_features), device=device)
-    decoder_logits = torch.zeros((T, E, 15), device=device)  # constant during an update
+    features = torch.zeros((T, E, agent.network.fc.in_features), device=device)  # of frozen convolutions
     actions = torch.zeros((T, E), dtype=torch.long, device=device)
     logprobs, rewards, dones, values = (torch.zeros((T, E), device=device) for _ in range(4))
-    episode_return, recent_returns, curve = np.zeros(E), deque(maxlen=100), []
+    episode_return, ended, curve = np.zeros(E), [], []
     # o_{t-1} of a rollout's first window is the last observation of the rollout before. Before the very first
     # there is none, and this one a fake: next_done, 1 there, keeps the window out of the decoder's pairs
     last_obs, pairs = next_obs, []
     state = run.restore(agent=agent, optimizer=optimizer, normalize_reward=normalize_reward)
     if state:
-        set_env_state(env, state["env"])
+        env.callmethod("set_state", state["env"])
         next_obs, next_done, last_obs = (state[k].to(device) for k in ("next_obs", "next_done", "last_obs"))
-        episode_return, curve = np.array(state["episode_return"]), state["curve"]
-        recent_returns.extend(state["recent_returns"])
+        episode_return, ended, curve = np.array(state["episode_return"]), state["ended"], state["curve"]
         pairs = [(z.to(device), action.to(device)) for z, action in state["pairs"]]
 
-    micro_batch_size = 128 if device.type == "cpu" else batch_size
     first_iteration = state.get("step", 0) // batch_size
     bar = {"total": num_iterations, "initial": first_iteration, "unit": "frame", "unit_scale": batch_size}
     progress = tqdm(range(first_iteration, num_iterations), "PPO", **bar)
@@ -607,10 +517,8 @@ if __name__ == "__main__":
         for t in range(T):
             obs[t], dones[t] = next_obs, next_done
             with torch.inference_mode():
-                with autocast:
-                    features[t] = agent.features(next_obs)
-                decoder_logits[t] = agent.decoder_logits(features[t])
-                logits, values[t] = agent(features[t], decoder_logits[t])
+                features[t] = agent.features(next_obs, autocast)
+                logits, values[t] = agent(features[t])
                 action_dist = Categorical(logits=logits)
                 actions[t] = action_dist.sample()
                 logprobs[t] = action_dist.log_prob(actions[t])
@@ -620,18 +528,15 @@ if __name__ == "__main__":
             next_done = torch.tensor(first, dtype=torch.float32, device=device)
             rewards[t] = torch.tensor(normalize_reward(reward, first), dtype=torch.float32, device=device)
             episode_return += reward
-            recent_returns.extend(episode_return[first].tolist())
+            ended += episode_return[first].tolist()
             episode_return[first] = 0
         with torch.inference_mode():
-            with autocast:
-                next_features = agent.features(next_obs)
-            next_value = agent(next_features, 0)[1]
+            next_value = agent(agent.features(next_obs, autocast))[1]
         advantages = compute_gae(rewards, values, dones, next_value, next_done, args.gamma, args.gae_lambda)
         returns = advantages + values
 
         # update
-        b_features, b_decoder_logits = features.flatten(0, 1), decoder_logits.flatten(0, 1)
-        b_actions, b_logprobs = actions.flatten(), logprobs.flatten()
+        b_features, b_actions, b_logprobs = features.flatten(0, 1), actions.flatten(), logprobs.flatten()
         b_advantages, b_returns, b_values = advantages.flatten(), returns.flatten(), values.flatten()
         logged = []
         for _ in range(args.update_epochs):
@@ -639,17 +544,15 @@ if __name__ == "__main__":
                 mb_advantages = b_advantages[mb]
                 if args.norm_adv:
                     mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
+                logits, newvalue = agent(b_features[mb])
+                batch = b_actions[mb], b_logprobs[mb], mb_advantages, b_returns[mb], b_values[mb]
+                loss, stats = ppo_loss(logits, newvalue, *batch, args)
                 optimizer.zero_grad()
-                for i, adv in zip(mb.split(micro_batch_size), mb_advantages.split(micro_batch_size)):
-                    logits, newvalue = agent(b_features[i], b_decoder_logits[i])
-                    batch = b_actions[i], b_logprobs[i], adv, b_returns[i], b_values[i]
-                    loss, stats = ppo_loss(logits, newvalue, *batch, args)
-                    (loss * len(i) / len(mb)).backward()  # adds up to the gradient of the minibatch's mean
-                    logged.append(stats)
-                norm = nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+                loss.backward()
+                logged.append(stats)
+                norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                 if not torch.isfinite(norm):
-                    found = f"loss {loss.item()}, gradient norm {norm.item()} at update {iteration}"
-                    sys.exit(f"error: {found}: lower --learning-rate, or try --no-bf16")
+                    sys.exit(f"error: gradient norm {norm.item()}: lower --learning-rate, or try --no-bf16")
                 optimizer.step()
 
         # decoder: the IDM labels what was played, and it is refit on all of these latents and actions
@@ -664,8 +567,8 @@ if __name__ == "__main__":
         last_obs = obs[-1].clone()
 
         # logs
-        if recent_returns:
-            curve.append((step, float(np.mean(recent_returns))))
+        if ended:
+            curve.append((step, float(np.mean(ended[-100:]))))
             run.writer.add_scalar("charts/episodic_return", curve[-1][1], step)
             progress.set_postfix_str(f"return {curve[-1][1]:.2f}")
         run.writer.add_scalar("charts/SPS", step / (time.time() - run.began), step)
@@ -676,23 +579,19 @@ if __name__ == "__main__":
         for name, value in zip(names, [*torch.stack(logged).mean(0), explained_variance]):
             run.writer.add_scalar(f"losses/{name}", value.item(), step)
         if run.due() or iteration == num_iterations - 1:
-            saved = {"env": get_env_state(env), "next_obs": next_obs, "next_done": next_done, "curve": curve}
-            saved |= {"episode_return": episode_return.tolist(), "recent_returns": list(recent_returns)}
-            run.save(step, **saved, last_obs=last_obs, pairs=pairs)
+            saved = {"env": env.callmethod("get_state"), "next_obs": next_obs, "next_done": next_done}
+            saved |= {"episode_return": episode_return.tolist(), "ended": ended[-100:]}
+            run.save(step, **saved, curve=curve, last_obs=last_obs, pairs=pairs)
 
-    frames, seconds = num_iterations * batch_size, time.time() - run.began
-    env.close()
-
-    # scores, of the agent and of random play on the same levels
-    generator = torch.Generator(device).manual_seed(args.seed)
-    returns = score(lambda obs: agent.policy(obs, autocast), *levels, args, generator, run)
-    at_random = score(lambda obs: torch.zeros(len(obs), 15, device=device), *levels, args, generator, run)
-    mean, stderr = mean_and_stderr(returns)
-    demonstrator = data["demonstrator"]["return_mean"]
-    relative_to_demonstrator = float((mean - at_random.mean()) / (demonstrator - at_random.mean() or np.nan))
-    results = {"frames": frames, "return_mean": mean, "return_stderr": stderr, "episodes": args.eval_episodes}
-    results |= {"random_mean": float(at_random.mean()), "frames_per_second": round(frames / seconds, 1)}
-    results |= {"relative_to_demonstrator": relative_to_demonstrator, "returns": returns.tolist()}
-    run.finish(**results, curve=curve[:: 1 + len(curve) // 1000])
-    print(f"return {mean:.2f} +- {stderr:.2f}, relative to the demonstrator {relative_to_demonstrator:.2f}")
+    # returns of the agent, and of random play on the same levels
+    generator, n = torch.Generator(device).manual_seed(args.seed), args.eval_episodes
+    play = [make_env(args.env_id, min(E, n), *levels, args.seed + 1000) for _ in range(2)]
+    returns = evaluate(lambda obs, _: agent(agent.features(obs, autocast))[0], play[0], n, generator, run)
+    at_random = evaluate(lambda obs, _: torch.zeros(len(obs), 15, device=device), play[1], n, generator, run)
+    results = {"return_mean": float(returns.mean()), "return_stderr": float(returns.std(ddof=1) / n**0.5)}
+    results |= {"episodes": n, "random_mean": float(at_random.mean()), "frames": num_iterations * batch_size}
+    best, worst = data["demonstrator"]["return_mean"], at_random.mean()
+    results["relative_to_demonstrator"] = share = float((returns.mean() - worst) / (best - worst or np.nan))
+    run.finish(**results, returns=returns.tolist(), curve=curve[:: 1 + len(curve) // 1000])
+    print(f"return {returns.mean():.2f} +- {results['return_stderr']:.2f}, {share:.2f} of the demonstrator's")
     print(f"next: tensorboard --logdir {args.runs_dir}")

@@ -15,19 +15,21 @@ writes RUNS_DIR/ENV_ID__lapo_inspect__SEED/: report.html, its pictures, and resu
 import base64
 import io
 import json
-import os
 import shlex
 import subprocess
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
@@ -57,35 +59,22 @@ SECTIONS = dict(section.split(" -->\n", 1) for section in PAGE[1:])
 @dataclass
 class Args:
     # what
-    env_id: str = "bossfight"
-    """the Procgen game, one of the 16"""
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """the name of this experiment; the run folder is RUNS_DIR/ENV_ID__EXP_NAME__SEED"""
-    seed: int = 1
-    """seed of the runs that it looks at, of k-means and of the games"""
+    env_id: str = "bossfight"  # the Procgen game, one of the 16
+    exp_name: str = Path(__file__).stem  # the run folder is RUNS_DIR/ENV_ID__EXP_NAME__SEED
+    seed: int = 1  # seed of the runs that it looks at, of k-means and of the games
     # data
-    data_dir: str | None = None
-    """the dataset of collect_expert_data.py; default data/ENV_ID"""
-    pretrain_checkpoint: str | None = None
-    """the checkpoint of lapo_pretrain.py; default RUNS_DIR/ENV_ID__lapo_pretrain__SEED/checkpoint.pt"""
-    allow_unfinished: bool = False
-    """take checkpoints of unfinished runs, too"""
+    data_dir: str | None = None  # the dataset of collect_expert_data.py; default data/ENV_ID
+    pretrain_checkpoint: str | None = None  # default: RUNS_DIR/ENV_ID__lapo_pretrain__SEED/checkpoint.pt
+    allow_unfinished: bool = False  # take checkpoints of unfinished runs, too
     # report
-    num_groups: int = 8
-    """k-means groups of latents"""
-    eval_windows: int = 4096
-    """test windows whose latents are looked at; the probes are fitted on as many training windows"""
-    rollout_steps: int = 16
-    """length of the rollouts"""
-    num_starts: int = 2
-    """situations in the game from which the groups' latents are rolled out"""
+    num_groups: int = 8  # k-means groups of latents
+    eval_windows: int = 4096  # test windows, and training windows for the probes
+    rollout_steps: int = 16  # length of the rollouts
+    num_starts: int = 2  # situations in the game from which the groups' latents are rolled out
     # run
-    runs_dir: str = "runs"
-    """where run folders are made, and the stages' lie"""
-    overwrite: bool = False
-    """replace the report in the run folder"""
-    cuda: bool = True
-    """use CUDA, or another accelerator that torch knows, where there is one"""
+    runs_dir: str = "runs"  # where run folders are made, and the stages' lie
+    overwrite: bool = False  # replace the report in the run folder
+    cuda: bool = True  # use CUDA, or another accelerator that torch knows, where there is one
 
 
 def build_networks(p, device, trained=None):
@@ -216,16 +205,16 @@ def load_agent(stage, args, device):
     c = load_checkpoint(path, stage, ["bc_args", "pretrain_args"], args)
     a, scale, patch_size = c["args"], c["bc_args"]["policy_scale"], c["pretrain_args"]["patch_size"]
     if stage == "lapo_finetune_ppo":
-        latent_dim = len(c["agent"]["latent_head.bias"])
+        latent_dim = len(c["agent"]["head.bias"])
         agent = FinetunedAgent(scale, patch_size, latent_dim, a["decoder_hidden"], a["sl"])
         agent.load_state_dict(c["agent"])
         agent.to(device)
-        return lambda obs: agent(x := agent.features(obs), agent.decoder_logits(x))[0]
+        return lambda obs: agent(agent.features(obs, nullcontext()))[0]
     policy = LatentPolicy(scale, len(c["policy"]["mean"]), patch_size)
     decoder = Decoder(len(c["decoder"]["mean"]), a["decoder_hidden"])
     policy.load_state_dict(c["policy"])
     decoder.load_state_dict(c["decoder"])
-    agent = DecodedPolicy(policy, decoder, a["decoder_features"]).to(device)
+    agent = DecodedPolicy(policy, decoder, a["finetune"]).to(device)
     return lambda obs: agent(obs) / a["temperature"]
 
 
@@ -233,14 +222,12 @@ def film_agent(agent, env, seed, device, num_frames=300):
     """Four games of an agent side by side, as images."""
     generator, steps, last, film = torch.Generator(device).manual_seed(seed), [], {}, []
 
-    @torch.inference_mode()
-    def act(obs, episode):
-        probs = agent(torch.from_numpy(obs).to(device)).softmax(-1)
-        action = torch.multinomial(probs, 1, generator=generator).squeeze(-1).cpu().numpy()
-        steps.append(dict(zip(episode.tolist(), zip(obs, action))))
-        return action
+    def policy(obs, episode):
+        action = torch.multinomial(agent(obs).softmax(-1), 1, generator=generator).squeeze(-1)
+        steps.append(dict(zip(episode.tolist(), zip(obs.cpu().numpy(), action.tolist()))))
+        return F.one_hot(action, 15).log()  # which evaluate() can only take as it is
 
-    returns = evaluate(act, env, 4)
+    returns = evaluate(policy, env, 4, generator, SimpleNamespace(leave_if_stopped=lambda: None))
     for step in [*steps, {}][:num_frames]:
         last |= step
         games = [draw(*last[e], None if e in step else returns[e]) for e in range(4)]
@@ -503,7 +490,6 @@ if __name__ == "__main__":
         if agent:
             env = make_env(args.env_id, 4, *levels, args.seed + 1000)
             film = to_gif(film_agent(agent, env, args.seed, device), 1000 // 15)
-            env.close()
             report.append(section("agent", folder, {f"{stage}.gif": film}, stage=stage))
 
     there = {"groups": labels, "codebooks": vq, "latent_space": labels, "error": curves, **agents}

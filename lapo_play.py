@@ -37,31 +37,20 @@ from lapo_inspect import ACTIONS, STAY, build_networks, encode, group_latents, l
 @dataclass
 class Args:
     # what
-    env_id: str = "bossfight"
-    """the Procgen game, one of the 16"""
-    seed: int = 1
-    """seed of the pretraining run, of the choice of windows and labels, and of the first level"""
+    env_id: str = "bossfight"  # the Procgen game, one of the 16
+    seed: int = 1  # seed of the pretraining run, of the choice of windows and labels, and of the first level
     # data
-    data_dir: str | None = None
-    """the dataset of collect_expert_data.py; default data/ENV_ID"""
-    pretrain_checkpoint: str | None = None
-    """the checkpoint of lapo_pretrain.py; default RUNS_DIR/ENV_ID__lapo_pretrain__SEED/checkpoint.pt"""
-    allow_unfinished: bool = False
-    """take the checkpoint of an unfinished run, too"""
+    data_dir: str | None = None  # the dataset of collect_expert_data.py; default data/ENV_ID
+    pretrain_checkpoint: str | None = None  # default: RUNS_DIR/ENV_ID__lapo_pretrain__SEED/checkpoint.pt
+    allow_unfinished: bool = False  # take the checkpoint of an unfinished run, too
     # keys
-    num_windows: int = 2048
-    """training windows whose latents are looked at to choose those of the keys"""
-    num_labels: int = 512
-    """how many of these windows' true actions may be read; 0, or no actions.npy: number keys only"""
-    num_groups: int = 8
-    """groups of latents on the number keys, at most 9"""
+    num_windows: int = 2048  # training windows whose latents are looked at to choose those of the keys
+    num_labels: int = 512  # windows whose true actions may be read; 0: number keys only
+    num_groups: int = 8  # groups of latents on the number keys, at most 9
     # run
-    runs_dir: str = "runs"
-    """where the pretraining run lies"""
-    port: int = 8000
-    """the page's port on 127.0.0.1, 0: any free one"""
-    fps: float = 15.0
-    """frames per second at most; Procgen's games are shown at 15"""
+    runs_dir: str = "runs"  # where the pretraining run lies
+    port: int = 8000  # the page's port on 127.0.0.1, 0: any free one
+    fps: float = 15.0  # frames per second at most; Procgen's games are shown at 15
 
 
 def latents_of_actions(z, actions, top=64):

@@ -1,9 +1,6 @@
 """PPO on Procgen, with the details of CleanRL's ppo_procgen.py: trains LAPO's demonstrators, and is the
 paper's baseline "PPO from scratch" (section 6.1).
 
-Its speed: observations stay uint8 and channels-last, the network runs under autocast, Adam is fused, and on a
-CPU a minibatch's gradient is added up over pieces that fit the cache.
-
     python ppo_procgen.py --env-id bossfight                                      # the paper's scale
     python ppo_procgen.py --env-id coinrun --scale 0.5 --total-timesteps 500000   # toy
     python ppo_procgen.py --env-id bossfight --exp-name ppo_from_scratch --scale 4 --num-steps 64
@@ -18,8 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,79 +30,48 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 gym_notices.notices.notices.clear()  # else procgen's import of gym prints four lines about gym's future
+from gym.wrappers.normalize import RunningMeanStd  # noqa: E402
 from procgen import ProcgenGym3Env  # noqa: E402
 from procgen.env import ENV_NAMES  # noqa: E402
 
-FORMAT_VERSION = 3  # of checkpoints
+FORMAT_VERSION = 4  # of checkpoints
 
 
 @dataclass
 class Args:
     # what
-    env_id: str = "bossfight"
-    """the Procgen game, one of the 16"""
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """the name of this experiment; the run folder is RUNS_DIR/ENV_ID__EXP_NAME__SEED"""
-    seed: int = 1
-    """seed of the experiment"""
+    env_id: str = "bossfight"  # the Procgen game, one of the 16
+    exp_name: str = Path(__file__).stem  # the run folder is RUNS_DIR/ENV_ID__EXP_NAME__SEED
+    seed: int = 1  # seed of the experiment
     # data
-    num_levels: int | None = None
-    """number of levels to play, 0: all of them; default: those of --init-checkpoint, else 0"""
-    start_level: int | None = None
-    """the first of them; default: that of --init-checkpoint, else 0"""
-    init_checkpoint: str | None = None
-    """train on from this agent, of its --scale and --patch-size, with a fresh optimiser"""
-    allow_unfinished: bool = False
-    """take the checkpoint of an unfinished run, too"""
+    num_levels: int = 0  # number of levels to play, 0: all of them
+    start_level: int = 0  # the first of them
     # method
-    scale: float = 1.0
-    """width of the IMPALA-CNN: 16, 32, 32 channels times this"""
-    patch_size: int = 1
-    """patches of so many pixels a side become channels of the network's input (1: as in the paper)"""
-    gamma: float = 0.999
-    """the discount factor"""
-    gae_lambda: float = 0.95
-    """the lambda of the generalised advantage estimation"""
-    norm_adv: bool = True
-    """normalise the advantages per minibatch"""
-    clip_coef: float = 0.2
-    """the surrogate clipping coefficient"""
-    clip_vloss: bool = True
-    """clip the value loss too, as in the PPO paper's code"""
-    ent_coef: float = 0.01
-    """coefficient of the entropy bonus"""
-    vf_coef: float = 0.5
-    """coefficient of the value loss"""
+    scale: float = 1.0  # width of the IMPALA-CNN: 16, 32, 32 channels times this
+    patch_size: int = 1  # P: patches of P x P pixels are folded into channels (not in the paper)
+    gamma: float = 0.999  # the discount factor
+    gae_lambda: float = 0.95  # the lambda of the generalised advantage estimation
+    norm_adv: bool = True  # normalise the advantages per minibatch
+    clip_coef: float = 0.2  # the surrogate clipping coefficient
+    clip_vloss: bool = True  # clip the value loss too, as in the PPO paper's code
+    ent_coef: float = 0.01  # coefficient of the entropy bonus
+    vf_coef: float = 0.5  # coefficient of the value loss
     # optimisation
-    total_timesteps: int = 50_000_000
-    """frames of training"""
-    num_envs: int = 64
-    """parallel games"""
-    num_steps: int = 256
-    """steps in each game per rollout"""
-    num_minibatches: int = 8
-    """minibatches per epoch"""
-    update_epochs: int = 3
-    """epochs over each rollout"""
-    learning_rate: float = 5e-4
-    """Adam's learning rate"""
-    anneal_lr: bool = False
-    """lower the learning rate linearly to 0"""
-    max_grad_norm: float = 0.5
-    """the maximum norm of the gradient"""
-    eval_episodes: int = 200
-    """episodes over which the final agent, and random play, are scored"""
+    total_timesteps: int = 50_000_000  # frames of training
+    num_envs: int = 64  # parallel games
+    num_steps: int = 256  # steps in each game per rollout
+    num_minibatches: int = 8  # minibatches per epoch
+    update_epochs: int = 3  # epochs over each rollout
+    learning_rate: float = 5e-4  # Adam's learning rate
+    anneal_lr: bool = False  # lower the learning rate linearly to 0
+    max_grad_norm: float = 0.5  # the maximum norm of the gradient
+    eval_episodes: int = 200  # episodes over which the final agent, and random play, are scored
     # run
-    runs_dir: str = "runs"
-    """where run folders are made"""
-    overwrite: bool = False
-    """replace the run in the run folder; without it a finished one is kept, an unfinished one goes on"""
-    checkpoint_seconds: float = 60.0
-    """seconds between checkpoints from which an interrupted run goes on"""
-    cuda: bool = True
-    """use CUDA, or another accelerator that torch knows, where there is one"""
-    bf16: tyro.conf.DisallowNone[bool | None] = None
-    """forward passes in bfloat16 (parameters and losses stay float32); default: if that is faster here"""
+    runs_dir: str = "runs"  # where run folders are made
+    overwrite: bool = False  # replace the run in the run folder; else a finished one is kept, another goes on
+    checkpoint_seconds: float = 60.0  # seconds between checkpoints from which an interrupted run goes on
+    cuda: bool = True  # use CUDA, or another accelerator that torch knows, where there is one
+    bf16: tyro.conf.DisallowNone[bool | None] = None  # forward passes in bfloat16; default: if faster here
 
 
 class ResidualBlock(nn.Module):
@@ -171,24 +135,20 @@ class RewardNormalizer:
     """Rewards divided by the running deviation of the discounted return, clipped to +-10 (gym's wrapper)."""
 
     def __init__(self, num_envs, gamma):
-        self.gamma, self.returns = gamma, np.zeros(num_envs)
-        self.mean, self.var, self.count = 0.0, 1.0, 1e-4
+        self.gamma, self.returns, self.stats = gamma, np.zeros(num_envs), RunningMeanStd()
 
     def __call__(self, reward, done):
         self.returns = self.returns * self.gamma + reward
-        # Chan et al.'s parallel update of mean and variance
-        mean, var, n = self.returns.mean(), self.returns.var(), len(self.returns)
-        delta, total = mean - self.mean, self.count + n
-        self.var = (self.var * self.count + var * n + delta**2 * self.count * n / total) / total
-        self.mean, self.count = self.mean + delta * n / total, total
+        self.stats.update(self.returns)
         self.returns[done] = 0.0
-        return np.clip(reward / np.sqrt(self.var + 1e-8), -10, 10)
+        return np.clip(reward / np.sqrt(self.stats.var + 1e-8), -10, 10)
 
     def state_dict(self):
-        return {"returns": self.returns.tolist(), "stats": [float(self.mean), float(self.var), self.count]}
+        return {"returns": self.returns.tolist(), "stats": {k: float(x) for k, x in vars(self.stats).items()}}
 
     def load_state_dict(self, state):
-        self.returns, (self.mean, self.var, self.count) = np.array(state["returns"]), state["stats"]
+        self.returns = np.array(state["returns"])
+        vars(self.stats).update(state["stats"])
 
 
 def compute_gae(rewards, values, dones, next_value, next_done, gamma, gae_lambda):
@@ -227,25 +187,20 @@ def make_env(env_id, num_envs, num_levels, start_level, seed):
     return ProcgenGym3Env(num_envs, env_id, rand_seed=seed, num_threads=min(4, os.cpu_count()), **levels)
 
 
-def get_env_state(env):
-    """Snapshots of all games, a list of uint8 tensors."""
-    return [torch.frombuffer(bytearray(game), dtype=torch.uint8) for game in env.callmethod("get_state")]
-
-
-def set_env_state(env, state):
-    env.callmethod("set_state", [game.numpy().tobytes() for game in state])
-
-
-def evaluate(act, env, num_episodes):
-    """Returns (num_episodes,) of games in which act(obs (B, 64, 64, 3), episode (B,)) takes the actions.
+@torch.inference_mode()
+def evaluate(policy, env, num_episodes, generator, run):
+    """Returns (num_episodes,) of games with actions drawn from softmax(policy(obs, episode)), (B, 15).
 
     An env that ends its episode begins the next in line; every episode counts, however long.
     """
     episode, running, returns = np.arange(env.num), np.zeros(env.num), np.full(num_episodes, np.nan)
     progress = tqdm(total=num_episodes, unit="episode", desc="play", leave=False)
     while np.isnan(returns).any():
+        run.leave_if_stopped()
         playing, action = np.flatnonzero(episode < num_episodes), np.zeros(env.num, dtype=np.int32)
-        action[playing] = act(env.observe()[1]["rgb"][playing], episode[playing])
+        obs = torch.from_numpy(env.observe()[1]["rgb"][playing]).to(generator.device)
+        probs = policy(obs, episode[playing]).softmax(-1)
+        action[playing] = torch.multinomial(probs, 1, generator=generator).squeeze(-1).cpu().numpy()
         env.act(action)
         reward, _, first = env.observe()
         running += reward
@@ -255,68 +210,30 @@ def evaluate(act, env, num_episodes):
                 progress.update()
             episode[e], running[e] = episode.max() + 1, 0
     progress.close()
-    return returns
-
-
-@torch.inference_mode()
-def score(policy, num_levels, start_level, args, generator, run):
-    """Returns (eval_episodes,) of games with actions drawn from softmax(policy(obs)); Ctrl-C ends it."""
-    num_envs = min(args.num_envs, args.eval_episodes)
-    env = make_env(args.env_id, num_envs, num_levels, start_level, args.seed + 1000)
-
-    def act(obs, episode):
-        run.leave_if_stopped()
-        probs = policy(torch.as_tensor(obs, device=generator.device)).softmax(-1)
-        return torch.multinomial(probs, 1, generator=generator).squeeze(-1).cpu().numpy()
-
-    returns = evaluate(act, env, args.eval_episodes)
     env.close()
     return returns
 
 
-def mean_and_stderr(x):
-    return float(np.mean(x)), float(np.std(x, ddof=1) / np.sqrt(len(x)))
-
-
-def load_checkpoint(path, made_by, parts, args):
-    """A finished checkpoint of this game with these parts, on the CPU; refuses all else in one sentence."""
-    unfinished = Path(path).with_name("resume.pt")
-    if unfinished.exists() and not unfinished.with_name("results.json").exists():
-        path = unfinished
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found = [checkpoint[key] for key in ("env_id", "format_version", *parts)][:2]
-        if found != [args.env_id, FORMAT_VERSION]:
-            raise ValueError(f"game and format {found}, expected {[args.env_id, FORMAT_VERSION]}")
-    except Exception as e:  # the unpickler raises many kinds, some with pages of advice
-        why = repr(e) if isinstance(e, (OSError, KeyError, ValueError)) else type(e).__name__
-        sys.exit(f"error: {path} is unusable ({why}): `python {made_by}.py --env-id {args.env_id}` makes one")
-    if path == unfinished and not args.allow_unfinished:
-        sys.exit(f"error: {path.parent} is unfinished: `{checkpoint['command']}`, or --allow-unfinished")
-    return checkpoint
-
-
 def choose_precision(args, device, step):
     """The autocast: as --[no-]bf16 says, else bfloat16 if step(), on a few samples, is faster in it here."""
-    autocasts = [torch.autocast(device.type, torch.bfloat16, enabled=enabled) for enabled in (False, True)]
 
-    def seconds(work, autocast=autocasts[0]):
-        with autocast:
-            timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-            return min(timer.blocked_autorange(min_run_time=0.3).times)
+    def speedup(work):  # of bfloat16
+        seconds = []
+        for enabled in (False, True):
+            with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+                timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+                seconds.append(min(timer.blocked_autorange(min_run_time=0.3).times))
+        return seconds[0] / seconds[1]
 
     if args.bf16 is None and device.type != "cpu":
         args.bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     elif args.bf16 is None:
-        x, y = torch.ones(256, 256), torch.ones(256, 256, dtype=torch.bfloat16)
-        ratio = seconds(lambda: x @ x) / seconds(lambda: y @ y)
-        if ratio > 0.2:  # without bfloat16 instructions it is a hundredth, and a step would take minutes
-            ratio = seconds(step, autocasts[0]) / seconds(step, autocasts[1])
+        ratio = speedup(lambda: torch.ones(256, 256) @ torch.ones(256, 256))
+        ratio = speedup(step) if ratio > 0.2 else ratio  # 0.01: no instructions, a step would take minutes
         args.bf16 = ratio > 1.1
-        other = "--no-bf16 to force float32" if args.bf16 else "so float32; --bf16 to force bfloat16"
-        print(f"bfloat16: {ratio:.2g}× float32 on this machine ({other})")
+        print(f"bfloat16: {ratio:.2g}× float32 on this machine (--bf16 or --no-bf16 forces one)")
     print(f"{args.env_id}: {device}, {'bfloat16' if args.bf16 else 'float32'}")
-    return autocasts[args.bf16]
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
 
 
 def write_whole(path, content):
@@ -357,12 +274,10 @@ class Run:
             args.bf16 = before["bf16"] if args.bf16 is None else args.bf16
             changed = {k: v for k, v in before.items() if v != vars(args).get(k) and k not in free}
             if changed:
-                sys.exit(
-                    f"error: {self.dir} was begun with {changed}: keep to it, add --overwrite or {other}"
-                )
+                sys.exit(f"error: {self.dir} began with {changed}: keep to it, add --overwrite or {other}")
         self.meta = {"format_version": FORMAT_VERSION, "stage": Path(__file__).stem, "env_id": args.env_id}
         self.meta["command"] = "python " + shlex.join(arg for arg in sys.argv if arg != "--overwrite")
-        self.meta |= {"args": vars(args), "identity": self.state.get("identity", uuid.uuid4().hex)}
+        self.meta |= {"args": vars(args), "identity": self.state.get("identity", os.urandom(16).hex())}
         self.saved, self.began = time.time(), time.time() - self.state.get("seconds", 0.0)
         self.writer = SummaryWriter(self.dir, purge_step=self.state.get("step", 0) + 1)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -425,21 +340,13 @@ if __name__ == "__main__":
     batch_size, num_iterations = T * E, max(1, args.total_timesteps // (T * E))
     if batch_size % args.num_minibatches:
         sys.exit(f"error: --num-minibatches {args.num_minibatches} does not divide {T} steps x {E} envs")
-    init = {"identity": None, "num_levels": 0, "start_level": 0}
-    if args.init_checkpoint:
-        init = load_checkpoint(args.init_checkpoint, "ppo_procgen", ["agent", *init], args)
-        args.scale, args.patch_size = init["args"]["scale"], init["args"]["patch_size"]
-    args.num_levels = init["num_levels"] if args.num_levels is None else args.num_levels
-    args.start_level = init["start_level"] if args.start_level is None else args.start_level
     levels = args.num_levels, args.start_level
-    run = Run(args, inputs=[init["identity"]])
+    run = Run(args)
     run.meta |= {"num_levels": args.num_levels, "start_level": args.start_level}
     device = (torch.accelerator.current_accelerator(True) if args.cuda else None) or torch.device("cpu")
 
     torch.manual_seed(args.seed)
-    agent = Agent(args.scale, args.patch_size)
-    agent.load_state_dict(init.get("agent", agent.state_dict()))
-    agent = agent.to(device, memory_format=torch.channels_last)
+    agent = Agent(args.scale, args.patch_size).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     normalize_reward = RewardNormalizer(E, args.gamma)
     env = make_env(args.env_id, E, *levels, args.seed)
@@ -450,13 +357,12 @@ if __name__ == "__main__":
     obs = torch.zeros((T, E, 64, 64, 3), dtype=torch.uint8, device=device)  # a quarter of float storage
     actions = torch.zeros((T, E), dtype=torch.long, device=device)
     logprobs, rewards, dones, values = (torch.zeros((T, E), device=device) for _ in range(4))
-    episode_return, recent_returns, curve = np.zeros(E), deque(maxlen=100), []
+    episode_return, ended, curve = np.zeros(E), [], []
     state = run.restore(agent=agent, optimizer=optimizer, normalize_reward=normalize_reward)
     if state:
-        set_env_state(env, state["env"])
+        env.callmethod("set_state", state["env"])
         next_obs, next_done = state["next_obs"].to(device), state["next_done"].to(device)
-        episode_return, curve = np.array(state["episode_return"]), state["curve"]
-        recent_returns.extend(state["recent_returns"])
+        episode_return, ended, curve = np.array(state["episode_return"]), state["ended"], state["curve"]
 
     micro_batch_size = 128 if device.type == "cpu" else batch_size
     first_iteration = state.get("step", 0) // batch_size
@@ -480,7 +386,7 @@ if __name__ == "__main__":
             next_done = torch.tensor(first, dtype=torch.float32, device=device)
             rewards[t] = torch.tensor(normalize_reward(reward, first), dtype=torch.float32, device=device)
             episode_return += reward
-            recent_returns.extend(episode_return[first].tolist())
+            ended += episode_return[first].tolist()
             episode_return[first] = 0
         with torch.inference_mode(), autocast:
             next_value = agent(next_obs)[1]
@@ -506,14 +412,13 @@ if __name__ == "__main__":
                     logged.append(stats)
                 norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                 if not torch.isfinite(norm):
-                    found = f"loss {loss.item()}, gradient norm {norm.item()} at update {iteration}"
-                    sys.exit(f"error: {found}: lower --learning-rate, or try --no-bf16")
+                    sys.exit(f"error: gradient norm {norm.item()}: lower --learning-rate, or try --no-bf16")
                 optimizer.step()
 
         # logs
         step = (iteration + 1) * batch_size
-        if recent_returns:
-            curve.append((step, float(np.mean(recent_returns))))
+        if ended:
+            curve.append((step, float(np.mean(ended[-100:]))))
             run.writer.add_scalar("charts/episodic_return", curve[-1][1], step)
             progress.set_postfix_str(f"return {curve[-1][1]:.2f}")
         run.writer.add_scalar("charts/SPS", step / (time.time() - run.began), step)
@@ -523,21 +428,19 @@ if __name__ == "__main__":
         for name, value in zip(names, [*torch.stack(logged).mean(0), explained_variance]):
             run.writer.add_scalar(f"losses/{name}", value.item(), step)
         if run.due() or iteration == num_iterations - 1:
-            saved = {"env": get_env_state(env), "next_obs": next_obs, "next_done": next_done, "curve": curve}
-            saved |= {"episode_return": episode_return.tolist(), "recent_returns": list(recent_returns)}
-            run.save(step, **saved)
+            saved = {"env": env.callmethod("get_state"), "next_obs": next_obs, "next_done": next_done}
+            saved |= {"episode_return": episode_return.tolist(), "ended": ended[-100:]}
+            run.save(step, **saved, curve=curve)
 
-    frames, seconds = num_iterations * batch_size, time.time() - run.began
-    env.close()
-
-    # scores, of the agent and of random play on the same levels
-    generator = torch.Generator(device).manual_seed(args.seed)
+    # returns of the agent, and of random play on the same levels
+    generator, n = torch.Generator(device).manual_seed(args.seed), args.eval_episodes
+    play = [make_env(args.env_id, min(E, n), *levels, args.seed + 1000) for _ in range(2)]
     with autocast:
-        returns = score(lambda obs: agent(obs)[0], *levels, args, generator, run)
-    at_random = score(lambda obs: torch.zeros(len(obs), 15, device=device), *levels, args, generator, run)
-    mean, stderr = mean_and_stderr(returns)
-    results = {"frames": frames, "return_mean": mean, "return_stderr": stderr, "episodes": args.eval_episodes}
-    results |= {"random_mean": float(at_random.mean()), "frames_per_second": round(frames / seconds, 1)}
-    run.finish(**results, returns=returns.tolist(), curve=curve[:: 1 + len(curve) // 1000])
-    print(f"return {mean:.2f} +- {stderr:.2f}, random play {at_random.mean():.2f}")
+        returns = evaluate(lambda obs, _: agent(obs)[0], play[0], n, generator, run)
+    at_random = evaluate(lambda obs, _: torch.zeros(len(obs), 15, device=device), play[1], n, generator, run)
+    run.meta["returns"] = returns.tolist()  # in the checkpoint, too
+    results = {"return_mean": float(returns.mean()), "return_stderr": float(returns.std(ddof=1) / n**0.5)}
+    results |= {"episodes": n, "random_mean": float(at_random.mean()), "frames": num_iterations * batch_size}
+    run.finish(**results, curve=curve[:: 1 + len(curve) // 1000])
+    print("return {return_mean:.2f} +- {return_stderr:.2f}, random play {random_mean:.2f}".format(**results))
     print(f"next: collect_expert_data.py --env-id {args.env_id} --expert-checkpoint {run.dir}/checkpoint.pt")

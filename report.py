@@ -31,14 +31,10 @@ STAGES = ("collect_expert_data", "lapo_pretrain", "lapo_bc", "lapo_decode")
 
 @dataclass
 class Args:
-    env_id: str = "coinrun"
-    """the Procgen game"""
-    seed: int = 1
-    """the seed of the runs"""
-    runs_dir: str | None = None
-    """where the runs lie, and report.png and results.json go; default runs/quickstart/ENV_ID__SEED"""
-    data_dir: str | None = None
-    """the dataset; default RUNS_DIR/data"""
+    env_id: str = "coinrun"  # the Procgen game
+    seed: int = 1  # the seed of the runs
+    runs_dir: str | None = None  # where the runs lie; default runs/quickstart/ENV_ID__SEED
+    data_dir: str | None = None  # the dataset; default RUNS_DIR/data
 
 
 def plot_curve(ax, curve, key, baseline, names, **labels):

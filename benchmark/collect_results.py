@@ -35,7 +35,7 @@ KEYS = {  # file -> what names a row; the rest are values
     "latent_space.csv": ["scale", "env_id", "run", "seed", "of"],
     "latents_2d.csv": ["scale", "env_id", "row"],
 }
-SCORES = ["return_mean", "return_stderr", "relative_return", "relative_to_demonstrator"]
+SCORES = ["return_mean", "return_stderr", "relative_to_demonstrator"]
 PROBES = ["linear_probe", "mlp_probe", "nmi", "nmi_best_slot", "cluster_purity"]
 VARIANCES = ["variance_between_episodes", "variance_between_actions"]
 ORIGIN = ["device", "device_name", "threads", "commit", "wall_seconds"]  # device_name: of old rows
@@ -57,10 +57,8 @@ VALUES = {
 
 @dataclass
 class Args:
-    runs_dir: str = str(ROOT / "runs" / "small")
-    """where the runs of an experiment lie; the folder's name is their scale"""
-    out: str = str(ROOT / "benchmark" / "results")
-    """where the CSV files go"""
+    runs_dir: str = str(ROOT / "runs" / "small")  # where the runs of an experiment lie: its scale
+    out: str = str(ROOT / "benchmark" / "results")  # where the CSV files go
     quickstart: tuple[tuple[str, str], ...] = ()
     """only add to quickstart.json: a results.json of report.py and its kind of CPU, and so on"""
 

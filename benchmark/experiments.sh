@@ -30,7 +30,7 @@ if [ -n "${THREADS:-}" ]; then export OMP_NUM_THREADS=$THREADS; fi
 PPO=(--num-steps 64 --ent-coef 0.0025 --learning-rate 5e-4 --no-anneal-lr)
 case $SCALE in
 small) # the quickstart's data, smaller networks (docs/results.md), a twenty-fifth of the paper's frames online
-    COLLECT=(--expert-checkpoint "experts/$ENV_ID.pt" --num-train-frames 65536 --num-test-frames 8192 --eval-episodes 200)
+    COLLECT=(--expert-checkpoint "experts/$ENV_ID.pt" --num-train-frames 65536 --num-test-frames 8192)
     PRETRAIN=(--num-updates 2000 --batch-size 32 --learning-rate 1e-3 --warmup-updates 500 --idm-scale 1 --fdm-width 8
         --vq-dim 4 --predict-change --eval-every 500)
     BC=(--num-updates 4000 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 --policy-scale 0.5 --eval-every 1000)
@@ -41,12 +41,10 @@ small) # the quickstart's data, smaller networks (docs/results.md), a twenty-fif
     DECODE=(--num-labels 16 32 64 128 256 512 1024 2048 4096 8192 --num-draws 3 --eval-episodes 60
         --decoder-updates 200 --cloning-updates 200 --cloning-epochs 10 --policy-batch-size 64)
     MANY=(--num-labels 1024 2048 4096 8192 --num-draws 3 --eval-episodes 60)
-    TUNE=(--finetune all --finetune-epochs 10 --finetune-learning-rate 5e-4) # as cloning from scratch learns
     ;;
 paper)
     COLLECT=() PRETRAIN=() BC=() FINETUNE=() DECODE=() MANY=(--num-labels 1024 2048 4096 8192)
     PPO+=(--total-timesteps 4000000 --scale 4)
-    TUNE=(--finetune all --finetune-updates 1000 --finetune-learning-rate 5e-4)
     ;;
 *)
     echo "error: SCALE is $SCALE, expected small or paper" >&2
@@ -107,8 +105,6 @@ for seed in "$@"; do
         run lapo_decode.py lapo_decode_800_updates "$seed" --data-dir "$DATA" "${MANY[@]}" --decoder-updates 800 --no-cloning
     fi
     if [ "$EXPERIMENT" = improved ]; then
-        IMPROVED=("${DECODE[@]}" --no-cloning --decoder-features)
-        run lapo_decode.py lapo_decode_features "$seed" --data-dir "$DATA" "${IMPROVED[@]}"
-        run lapo_decode.py lapo_decode_features_finetuned "$seed" --data-dir "$DATA" "${IMPROVED[@]}" "${TUNE[@]}"
+        run lapo_decode.py lapo_decode_finetuned "$seed" --data-dir "$DATA" "${DECODE[@]}" --no-cloning --finetune
     fi
 done

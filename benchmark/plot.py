@@ -24,8 +24,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from lapo_decode import PAPER_SCORES  # noqa: E402
 
 ONLINE = ("rl_sl", "rl_no_sl", "no_vq", "ppo_from_scratch")
 LOOKS = {  # name, colour (Okabe and Ito: survives colour blindness), marker
@@ -38,9 +36,17 @@ LOOKS = {  # name, colour (Okabe and Ito: survives colour blindness), marker
     "random": ("random", "#999999", None),
     "demonstrator": ("demonstrator", "#333333", None),
     "lapo_decode_800_updates": ("LAPO + decoder, 800 updates", "#56B4E9", "s"),
-    "lapo_decode_features": ("ours: features", "#009E73", "X"),
-    "lapo_decode_features_finetuned": ("ours: features finetuned", "#CC79A7", "v"),
+    "lapo_decode_finetuned": ("ours: --finetune", "#CC79A7", "v"),
 }
+# Mean returns of a random policy and of the paper's expert, Procgen easy mode, all levels (paper, appendix)
+PAPER_SCORES = {
+    "bigfish": (0.8743, 36.3362), "bossfight": (0.0462, 11.6344), "caveflyer": (2.5971, 9.1836),
+    "chaser": (0.6632, 9.9557), "climber": (2.2243, 10.2336), "coinrun": (2.7048, 9.9325),
+    "dodgeball": (0.6130, 13.4866), "fruitbot": (-2.5330, 29.9253), "heist": (3.0759, 9.6853),
+    "jumper": (3.4105, 8.4602), "leaper": (2.5105, 7.4083), "maze": (4.2726, 9.9693),
+    "miner": (1.2514, 11.8926), "ninja": (2.5600, 9.4746), "plunder": (4.3207, 11.4605),
+    "starpilot": (1.5252, 66.9863),
+}  # fmt: skip
 # Read off the paper's figures (all levels, expert of 50M frames); shares of the expert: means of 16 games
 PAPER_SHARES = {"rl_sl": 1.00, "rl_no_sl": 0.93, "no_vq": 0.81, "ppo_from_scratch": 0.44}  # at 4M frames
 PAPER_SHARE_OFFLINE = 0.57  # of LAPO + decoder with 8,192 labels
@@ -68,10 +74,8 @@ PAPER_RETURNS = {  # of LAPO + decoder with 8,192 labels, of PPO from scratch at
 class Args:
     results: str = str(ROOT / "benchmark" / "results")
     """the folder of the CSV files; figures and tables go there too"""
-    scale: str = "small"
-    """whose runs: small or paper"""
-    resamples: int = 2000
-    """of the bootstrap"""
+    scale: str = "small"  # whose runs: small or paper
+    resamples: int = 2000  # of the bootstrap
 
 
 def read(path, scale):

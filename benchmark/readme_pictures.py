@@ -16,16 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass
 class Args:
-    env_id: str = "coinrun"
-    """the Procgen game"""
-    seed: int = 1
-    """the seed of the runs"""
-    runs_dir: str = str(ROOT / "runs" / "quickstart" / "coinrun__1")
-    """where the runs lie"""
-    out: str = str(ROOT / "docs")
-    """where the pictures go"""
-    film_frames: int = 75
-    """the agent's film is cut after so many frames (15 a second)"""
+    env_id: str = "coinrun"  # the Procgen game
+    seed: int = 1  # the seed of the runs
+    runs_dir: str = str(ROOT / "runs" / "quickstart" / "coinrun__1")  # where the runs lie
+    out: str = str(ROOT / "docs")  # where the pictures go
+    film_frames: int = 75  # the agent's film is cut after so many frames (15 a second)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,25 +64,19 @@ VARIANTS = {  # the plain form, and what is added to it, one after the other; wi
     "load": ["plain: DataLoader", "2 workers", "one copy of frames"],
     "clone": [f"{PLAIN}, DataLoader, labels anew", *LAYOUT, "labels once", "one copy of frames", *ADAM],
     "ppo": [f"{PLAIN}, minibatch in one piece", *LAYOUT, "micro-batches", *ADAM],
-    "finetune": [f"{PLAIN}, features anew", *LAYOUT, "stored features", "micro-batches", *ADAM],
+    "finetune": [f"{PLAIN}, features anew", *LAYOUT, "stored features", *ADAM],
     "env": ["plain: ProcgenEnv, a dictionary per game", "ProcgenGym3Env"],
 }
 
 
 @dataclass
 class Args:
-    stages: tuple[str, ...] = tuple(VARIANTS)
-    """what to measure"""
-    shapes: tuple[str, ...] = ()
-    """only these shapes, by their names in SHAPES, e.g. quickstart; default: all"""
-    bf16: tyro.conf.DisallowNone[bool | None] = None
-    """time bfloat16 or leave it out; default: as the scripts choose on this machine"""
-    rounds: int = 5
-    """turns of every variant; its rate is the median over them"""
-    seconds: float = 2.0
-    """the least duration of a turn"""
-    out: str | None = None
-    """where the JSON goes; default benchmark/results/throughput-DEVICE.json"""
+    stages: tuple[str, ...] = tuple(VARIANTS)  # what to measure
+    shapes: tuple[str, ...] = ()  # only these shapes, by their names in SHAPES, e.g. quickstart; default: all
+    bf16: tyro.conf.DisallowNone[bool | None] = None  # forward passes in bfloat16; default: if faster here
+    rounds: int = 5  # turns of every variant; its rate is the median over them
+    seconds: float = 2.0  # the least duration of a turn
+    out: str | None = None  # where the JSON goes; default benchmark/results/throughput-DEVICE.json
 
 
 def seconds(work, repeats=1):
@@ -238,14 +233,18 @@ def ppo_step(s, on, autocast):
 def finetune_step(s, on, autocast):
     """What lapo_finetune_ppo.py does with a minibatch's frames, without the game: acting, three updates."""
     agent = prepare(finetune.FinetunedAgent(4.0, 1, 128, (192, 128, 64)), on)
-    features, obs = autocast(agent.features), torch.from_numpy(frames[: s.batch].copy()).to(device)
-    reuse = "stored features" in on
-    update = ppo_updates(agent, lambda x: agent(x if reuse else features(x), 0), s.batch, on)
+    reuse, obs = "stored features" in on, torch.from_numpy(frames[: s.batch].copy()).to(device)
+
+    @autocast
+    def features(obs):
+        return agent.features(obs, nullcontext())
+
+    update = ppo_updates(agent, lambda x: agent(x if reuse else features(x)), s.batch, on)
 
     def step():
         with torch.no_grad():
             stored = torch.cat([features(x) for x in obs.split(64)])  # 64 games
-            agent(stored, agent.decoder_logits(stored))
+            agent(stored)
         for _ in range(3):
             update(stored if reuse else obs)
 

@@ -10,9 +10,9 @@ as some do the same (found by trying all of them from the same states). Against 
     idm latent           decoder(IDM(o_{t-1}, o_t, o_{t+1})), which sees what happened next
     policy latent        the paper's: the same decoder on pi(o_t), the mean of latents that may follow o_t.
                          The gap: averaging before decoding, and not knowing what happens next
-    policy features      a decoder of the policy's latent and features (--decoder-features)
+    policy features      a decoder of the policy's latent and features (as --finetune begins)
     latent and features  the same with the IDM's latent beside them: what that tells beyond o_t. Cannot act
-    fine-tuned           policy features, then all of the policy on the labels (--finetune all)
+    fine-tuned           policy features, then all of the policy on the labels (--finetune)
     from scratch         cloning, a policy of the same size on the labels alone, as long
 
 Two lines do not depend on labels: the demonstrator's own entropy, below which nothing gets that sees only
@@ -42,7 +42,7 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import lapo_decode as stage  # noqa: E402
-from ppo_procgen import Agent, get_env_state, set_env_state  # noqa: E402
+from ppo_procgen import Agent  # noqa: E402
 
 LOOKS = {
     "frequencies of actions": ("#999999", ":", None),
@@ -57,26 +57,16 @@ LOOKS = {
 
 @dataclass
 class Args:
-    env_id: str = "coinrun"
-    """the Procgen game"""
-    seeds: tuple[int, ...] = (1,)
-    """the seeds of the runs"""
-    runs_dir: str = str(ROOT / "runs" / "small")
-    """where the runs of lapo_bc.py lie"""
-    data_dir: str | None = None
-    """the dataset; default RUNS_DIR/data/ENV_ID"""
-    num_labels: tuple[int, ...] = (16, 64, 256, 1024, 4096)
-    """label counts"""
-    num_draws: int = 2
-    """draws of the labels"""
-    expert_checkpoint: str | None = None
-    """the demonstrator; default experts/ENV_ID.pt"""
-    num_states: int = 1024
-    """situations of its play in which all actions are tried"""
-    out: str = str(ROOT / "benchmark" / "results")
-    """where JSON and picture go"""
-    allow_unfinished: bool = False
-    """take checkpoints of unfinished runs, too"""
+    env_id: str = "coinrun"  # the Procgen game
+    seeds: tuple[int, ...] = (1,)  # the seeds of the runs
+    runs_dir: str = str(ROOT / "runs" / "small")  # where the runs of lapo_bc.py lie
+    data_dir: str | None = None  # the dataset; default RUNS_DIR/data/ENV_ID
+    num_labels: tuple[int, ...] = (16, 64, 256, 1024, 4096)  # label counts
+    num_draws: int = 2  # draws of the labels
+    expert_checkpoint: str | None = None  # the demonstrator; default experts/ENV_ID.pt
+    num_states: int = 1024  # situations of its play in which all actions are tried
+    out: str = str(ROOT / "benchmark" / "results")  # where JSON and picture go
+    allow_unfinished: bool = False  # take checkpoints of unfinished runs, too
 
 
 @torch.no_grad()
@@ -117,8 +107,8 @@ def try_actions(env_id, expert_path, levels, num_states, held=4):
     for step in itertools.count():
         shares = agent(torch.from_numpy(env.observe()[1]["rgb"]))[0].softmax(-1)
         if step % 8 == 7:
-            for state, share in zip(get_env_state(env), shares):
-                set_env_state(trial, [state] * 15)
+            for state, share in zip(env.callmethod("get_state"), shares):
+                trial.callmethod("set_state", [state] * 15)
                 equal = np.ones((15, 15), dtype=bool)
                 for i in range(held):
                     trial.act(np.arange(15, dtype=np.int32))
@@ -217,7 +207,7 @@ if __name__ == "__main__":
 
     def fit(decoder, x, actions, updates):
         float32 = torch.autocast("cpu", enabled=False)
-        return stage.fit(decoder, x, actions, updates, 0, 1e-3, 512, defaults, float32)
+        return stage.fit(decoder, x, actions, updates, 1e-3, 512, defaults, float32)
 
     def fit_well(x, actions):
         build = partial(stage.Decoder, x.shape[1], defaults.decoder_hidden)
@@ -251,11 +241,14 @@ if __name__ == "__main__":
                 of_features.std.copy_(std)
                 sizes = cloned["args"]["policy_scale"], cloned["pretrain_args"]["patch_size"]
                 decoded = stage.DecodedPolicy(copy.deepcopy(policy), of_features, True)
-                on_frames = {"fine-tuned": decoded, "from scratch": stage.ScratchPolicy(*sizes)}
+                scratch = stage.LatentPolicy(sizes[0], 15, sizes[1])
+                on_frames = {"fine-tuned": decoded, "from scratch": scratch}
                 obs = torch.from_numpy(frames["train"][windows["train"][order[:n]]])
                 for name, network in on_frames.items():
                     network = network.to(memory_format=torch.channels_last)
-                    stage.fit(network, obs, a, 200, 10, 5e-4, 64, defaults, autocast)  # ten passes
+                    stage.fit(
+                        network, obs, a, max(200, 10 * n // 64), 5e-4, 64, defaults, autocast
+                    )  # ten passes
                     logits[name] = in_pieces(network, test_obs, windows["test"], autocast)
                 for name, of_actions in logits.items():
                     losses[name][:, i, draw, j] = cross_entropy(of_actions, actions["test"], groups)

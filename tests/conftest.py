@@ -34,7 +34,7 @@ ENV_ID = "dodgeball"  # short episodes under random play, fast to draw
 ROLLOUT = "--total-timesteps 2048 --num-envs 16 --num-steps 32"
 TOY = {
     "ppo_procgen": f"{ROLLOUT} --num-levels 16 --scale 0.25 --eval-episodes 8",
-    "collect_expert_data": "--num-envs 16 --num-train-frames 2000 --num-test-frames 400 --eval-episodes 8 "
+    "collect_expert_data": "--num-envs 16 --num-train-frames 2000 --num-test-frames 400 "
     f"--expert-checkpoint runs/{ENV_ID}__ppo_procgen__1/checkpoint.pt",
     "lapo_pretrain": "--num-updates 6 --batch-size 16 --idm-scale 0.25 --fdm-width 4 --vq-dim 2 "
     "--eval-every 3 --eval-windows 64",

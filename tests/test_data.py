@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ENV_ID, collect, pretrain
+import torch
+import torch.nn.functional as F
+from conftest import ENV_ID, collect, ppo, pretrain
 
 NUM_ENVS, T = 8, 120
 LEVELS = (8, 3, 7)  # num_levels, start_level, seed
@@ -17,7 +19,8 @@ def load(split_dir):
 
 
 def fake_run():
-    return SimpleNamespace(writer=SimpleNamespace(add_scalar=lambda *_: None), began=0.0)
+    writer = SimpleNamespace(add_scalar=lambda *_: None)
+    return SimpleNamespace(writer=writer, began=0.0, leave_if_stopped=lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +92,9 @@ class ScriptedEnv:
         self.actions.append(action.tolist())
         self.t += 1
 
+    def close(self):
+        pass
+
 
 def test_collect_on_a_scripted_game(tmp_path):
     """On a game known by heart every row of every file is right; returns are NaN where a game is cut off."""
@@ -106,16 +112,16 @@ def test_collect_on_a_scripted_game(tmp_path):
 
 def test_evaluate_counts_every_episode_once():
     """The next episode goes to the game that is free first; returns are in order; idle games rest."""
-    env, asked = ScriptedEnv(), []
+    env, asked, how = ScriptedEnv(), [], (torch.Generator(), fake_run())
 
-    def act(obs, episode):
+    def policy(obs, episode):
         asked.append(episode.tolist())
-        return obs[:, 0, 0, 0].astype(np.int32) // 100 + 1
+        return F.one_hot(obs[:, 0, 0, 0].long() // 100 + 1, 15).log()
 
-    assert collect.evaluate(act, env, 5).tolist() == [1 + 2 + 3, 15, 4 + 5 + 6, 6 + 7 + 8 + 9 + 10, 24]
+    assert ppo.evaluate(policy, env, 5, *how).tolist() == [1 + 2 + 3, 15, 4 + 5 + 6, 6 + 7 + 8 + 9 + 10, 24]
     assert asked == [[0, 1]] * 3 + [[2, 1]] * 2 + [[2, 3]] + [[4, 3]] * 3 + [[3]]
     assert env.actions == [[1, 2]] * 9 + [[0, 2]]
-    assert collect.evaluate(act, ScriptedEnv(), 3).tolist() == [6, 15, 15]
+    assert ppo.evaluate(policy, ScriptedEnv(), 3, *how).tolist() == [6, 15, 15]
 
 
 def slow_windows(first):

@@ -43,8 +43,8 @@ def test_parameter_counts():
     assert count(ppo.Agent(4)) == 3_653_136 and count(ppo.Agent(1)) == 626_256
     agent = finetune.FinetunedAgent(4, 1, 128, (192, 128, 64))
     assert count(agent.network, agent.actor, agent.critic) == 3_653_136
-    assert count(agent) == 3_653_136 + count(agent.frozen_fc, agent.latent_head, agent.decoder)
-    assert count(agent.frozen_fc, agent.latent_head) == 8192 * 256 + 256 + 256 * 128 + 128
+    assert count(agent) == 3_653_136 + count(agent.frozen_fc, agent.head, agent.decoder)
+    assert count(agent.frozen_fc, agent.head) == 8192 * 256 + 256 + 256 * 128 + 128
 
 
 def test_vq_initial_codes():
@@ -179,12 +179,11 @@ def test_networks_normalise_uint8_frames():
     """Networks that take uint8 frames (B, 64, 64, 3) feed x / 255 - 0.5, channels first, to convolutions."""
     obs = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8)
     x = obs_to_input(obs)
-    policy, scratch, agent = bc.LatentPolicy(0.25, 8), decode.ScratchPolicy(0.25), ppo.Agent(0.25)
+    policy, agent = bc.LatentPolicy(0.25, 8), ppo.Agent(0.25)
     tuned = finetune.FinetunedAgent(0.25, 1, 8, (16,))
     torch.testing.assert_close(policy(obs), policy.head(policy.network(x)))
-    torch.testing.assert_close(scratch(obs), scratch.actor(scratch.network(x)))
     torch.testing.assert_close(agent(obs)[0], agent.actor(agent.network(x)))
-    torch.testing.assert_close(tuned.features(obs), tuned.network.conv(x))
+    torch.testing.assert_close(tuned.features(obs, FLOAT32), tuned.network.conv(x))
 
 
 def separable(n, seed, dim=8):
@@ -242,15 +241,14 @@ def test_logits_of_the_finetuned_agent(sl):
     policy, obs = bc.LatentPolicy(0.25, 8), torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8)
     agent = finetune.FinetunedAgent(0.25, 1, 8, (16,), sl)
     agent.load_policy(policy.state_dict())
-    features = agent.features(obs)
-    assert (agent(features, agent.decoder_logits(features))[0] == 0).all()
+    features = agent.features(obs, FLOAT32)
+    assert (agent(features)[0] == 0).all()
     np.testing.assert_allclose(ppo.Agent(0.25).actor.weight.detach().norm(dim=1).numpy(), 0.01, rtol=1e-4)
     for layer in (agent.actor, agent.decoder.mlp[-1]):
         torch.nn.init.normal_(layer.weight)
     rl_logits, decoder_logits = agent.actor(policy.network(obs_to_input(obs))), agent.decoder(policy(obs))
-    torch.testing.assert_close(agent.decoder_logits(features), decoder_logits)
     wanted = (rl_logits + decoder_logits) / 2 if sl else rl_logits
-    torch.testing.assert_close(agent(features, decoder_logits)[0], wanted)
+    torch.testing.assert_close(agent(features)[0], wanted)
 
 
 def test_decoder_standardises_latents():
@@ -306,12 +304,18 @@ def test_offline_fit(monkeypatch):
     z, a = map(torch.from_numpy, separable(256, 1))
     z_test, a_test = map(torch.from_numpy, separable(500, 2))
     torch.manual_seed(0)
-    decoder = decode.fit(decode.Decoder(8, (64,)), z, a, 200, 0, 1e-2, 64, args, FLOAT32)
+    decoder = decode.fit(decode.Decoder(8, (64,)), z, a, 200, 1e-2, 64, args, FLOAT32)
     assert not decoder.training and (decoder(z_test).argmax(-1) == a_test).float().mean() > 0.95
     loss = F.cross_entropy(decoder(z_test), a_test, label_smoothing=0.05)
     right, wrong = 0.95 + 0.05 / 15, 0.05 / 15
     floor = -right * np.log(right) - 14 * wrong * np.log(wrong)  # entropy of a smoothed label
     assert floor < loss < floor + 0.1
     np.testing.assert_allclose(rates, 1e-2 * (1 - np.arange(200) / 200))
-    decode.fit(decoder, z, a, 10, 3, 1e-2, 64, args, FLOAT32)  # 3 epochs are more than 10 updates
+    args.cloning_updates, args.cloning_epochs, args.cloning_learning_rate, args.policy_batch_size = (
+        10,
+        3,
+        1e-2,
+        64,
+    )
+    decode.fit_policy(decoder, z, a, args, FLOAT32)  # 3 epochs are more than 10 updates
     assert len(rates) == 200 + 3 * 256 // 64

@@ -96,11 +96,11 @@ def test_ppo_update(stored_features, bf16):
     agent = agent.to(memory_format=torch.channels_last)
     agent.zero_grad()
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-    with torch.no_grad(), autocast:
-        stored = agent.features(obs) if stored_features else None
+    with torch.no_grad():
+        inputs = agent.features(obs, autocast) if stored_features else obs
     for i in torch.arange(50).split(16):  # 16, 16, 16, 2
         with contextlib.nullcontext() if stored_features else autocast:
-            logits, value = agent(stored[i], 0) if stored_features else agent(obs[i])
+            logits, value = agent(inputs[i])
         loss, _ = ppo.ppo_loss(logits, value, *(x[i] for x in batch), HYPER)
         (loss * len(i) / 50).backward()
         total += loss.item() * len(i) / 50

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import numpy as np
+import plot
 import pytest
 import torch
 from conftest import bc, collect, decode, finetune, ppo, pretrain
@@ -119,4 +120,4 @@ def test_defaults_are_the_papers_settings(module):
 def test_paper_scores():
     """The random and expert returns are the paper's, for all 16 games."""
     scores = dict(zip(SCORES[::3], zip(map(float, SCORES[1::3]), map(float, SCORES[2::3]))))
-    assert decode.PAPER_SCORES == scores and sorted(scores) == sorted(ENV_NAMES)
+    assert plot.PAPER_SCORES == scores and sorted(scores) == sorted(ENV_NAMES)

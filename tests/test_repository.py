@@ -13,8 +13,8 @@ PACKAGES = {"procgen": "procgen-mirror", "PIL": "pillow", "sklearn": "scikit-lea
 OWN = {"gym_notices", "scipy"}  # come with gym and scikit-learn
 SCRIPTS = sorted([*ROOT.glob("*.py"), *ROOT.glob("benchmark/*.py")])
 LINES = {  # at most
-    "lapo_bc.py": 380, "lapo_pretrain.py": 520, "lapo_decode.py": 630, "lapo_finetune_ppo.py": 700,
-    "collect_expert_data.py": 445, "ppo_procgen.py": 545, "README.md": 250, "CONTRIBUTING.md": 40,
+    "lapo_bc.py": 380, "lapo_pretrain.py": 520, "lapo_decode.py": 520, "lapo_finetune_ppo.py": 600,
+    "collect_expert_data.py": 350, "ppo_procgen.py": 450, "README.md": 250, "CONTRIBUTING.md": 40,
     "tests/*.py": 2300, "benchmark/*.py": 1500,
 }  # fmt: skip
 
@@ -64,7 +64,7 @@ def test_repeated_definitions_are_identical():
             copies[name][stage] = source
     shared = {name: found for name, found in copies.items() if len(found) > 1 and name != "Args"}
     assert {"IDM", "LatentPolicy", "Decoder", "Agent", "compute_gae", "get_windows"} <= shared.keys()
-    everywhere = ("Run", "write_whole", "choose_precision", "ImpalaCNN", "ResidualBlock", "FORMAT_VERSION")
+    everywhere = ("Run", "write_whole", "ImpalaCNN", "ResidualBlock", "FORMAT_VERSION")
     assert all(len(shared[name]) == 6 for name in everywhere)
     assert [name for name, found in shared.items() if len(set(found.values())) > 1] == []
     assert len(shared["Run"]["lapo_bc"].splitlines()) <= 90
@@ -102,7 +102,7 @@ def test_requirements():
     local = {path.stem for path in [*SCRIPTS, *ROOT.glob("tests/*.py")]}
     needed = {PACKAGES.get(name, name) for name in found - set(sys.stdlib_module_names) - OWN - local}
     assert needed <= required
-    assert required - needed == {"gym", "pytest-xdist", "ruff"}  # procgen's, and tools
+    assert required - needed == {"pytest-xdist", "ruff"}  # tools
 
 
 def test_the_future_reaches_the_fdm_through_the_latent_only():
@@ -114,12 +114,13 @@ def test_the_future_reaches_the_fdm_through_the_latent_only():
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.stem)
 def test_every_flag_is_explained(path):
-    """Every field of Args has one line under it, which tyro prints as its help; the head says the rest."""
-    tree = read(path)[1]
+    """Every field of Args has its help, one line, beside or under it; the head says the rest."""
+    source, tree = read(path)
     (args,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args"]
-    for field, following in zip(args.body[::2], args.body[1::2], strict=True):
-        assert isinstance(field, ast.AnnAssign) and 5 < len(following.value.value) < 110, field.target.id
-        assert "\n" not in following.value.value
+    lines = source.splitlines()[args.lineno : args.end_lineno] + ["    # end"]
+    for line, following in zip(lines, lines[1:]):
+        if re.match(r"    \w+: ", line):
+            assert re.search(r"  # \S.{5,}", line) or re.fullmatch(r'    """.{6,}"""', following), line
     head = ast.get_docstring(tree)
     assert f"python {path.name}" in head and (path.stem not in STAGES or len(head.splitlines()) <= 16)
 
