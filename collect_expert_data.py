@@ -13,6 +13,7 @@ Writes the returns that the agent got to RUNS_DIR/ENV_ID__collect_expert_data__S
                  returns.npy   (N,) float32, return of the frame's episode, NaN if cut off (label)
 """
 
+import atexit
 import json
 import os
 import shlex
@@ -22,11 +23,13 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import gym_notices.notices
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import tyro
 from filelock import FileLock
@@ -37,6 +40,8 @@ gym_notices.notices.notices.clear()  # else procgen's import of gym prints four 
 from procgen import ProcgenGym3Env  # noqa: E402
 
 FORMAT_VERSION = 4  # of checkpoints
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+tqdm = partial(tqdm, disable=RANK > 0)  # one bar, rank 0's
 
 
 @dataclass
@@ -133,17 +138,21 @@ def collect(act, env, T, folder, run, step):
     """Plays T frames in each of E envs, into folder/*.npy; returns the returns of the episodes that ended.
 
     Env e fills rows e * T to (e + 1) * T - 1, so that rows are consecutive in time; its first row is marked
-    `first`. Memory holds one step of all envs. The log counts frames on from `step`.
+    `first`. Envs are numbered over all processes, each of which writes the rows of its own. Memory holds one
+    step of all envs. The log counts frames on from `step`.
     """
-    E, arrays = env.num, []
-    folder.mkdir(parents=True)
-    labels = (("first", "?"), ("actions", "i1"), ("rewards", "f4"), ("returns", "f4"))
-    for name, dtype, *shape in (("frames", "u1", 64, 64, 3), *labels):
-        path = folder / f"{name}.npy"
-        arrays.append(np.lib.format.open_memmap(path, "w+", dtype, (E * T, *shape)))
-        with open(path, "r+b") as f:  # takes its place on the disk: a full one shows now, not as a SIGBUS
-            os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
-    firsts, actions, rewards, returns = (array.reshape(E, T) for array in arrays[1:])
+    E, names = env.num, {"frames": "u1", "first": "?", "actions": "i1", "rewards": "f4", "returns": "f4"}
+    for name, dtype in names.items() if RANK == 0 else ():
+        folder.mkdir(parents=True, exist_ok=True)
+        shape = (WORLD_SIZE * E * T, 64, 64, 3)[: 4 if name == "frames" else 1]
+        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
+        with open(
+            folder / f"{name}.npy", "r+b"
+        ) as f:  # takes its place: a full disk shows now, not by SIGBUS
+            os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+    gathered(None)  # from here on the files are there
+    arrays = [np.load(folder / f"{name}.npy", mmap_mode="r+") for name in names]
+    firsts, actions, rewards, returns = (array.reshape(WORLD_SIZE, E, T)[RANK] for array in arrays[1:])
     returns[:] = np.nan
     start, first, ended = np.zeros(E, dtype=int), np.ones(E, dtype=bool), []
     fd = os.open(folder / "frames.npy", os.O_RDWR)
@@ -153,7 +162,8 @@ def collect(act, env, T, folder, run, step):
         action = act(obs)
         firsts[:, t], actions[:, t] = first, action
         for e in range(E):  # written, not mapped: pages of a memory map would count as this process's memory
-            if os.pwrite(fd, obs[e], arrays[0].offset + (e * T + t) * obs[e].nbytes) < obs[e].nbytes:
+            row = (RANK * E + e) * T + t
+            if os.pwrite(fd, obs[e], arrays[0].offset + row * obs[e].nbytes) < obs[e].nbytes:
                 raise OSError("only part of a frame could be written")
         env.act(action)
         rewards[:, t], _, first = env.observe()
@@ -161,15 +171,15 @@ def collect(act, env, T, folder, run, step):
             returns[e, start[e] : t + 1] = rewards[e, start[e] : t + 1].sum()
             ended.append(float(returns[e, t]))
             start[e] = t + 1
-        if (t + 1) % 100 == 0 or t + 1 == T:
-            played = step + (t + 1) * E
+        if RANK == 0 and ((t + 1) % 100 == 0 or t + 1 == T):
+            played = step + (t + 1) * E * WORLD_SIZE
             run.writer.add_scalar("charts/SPS", played / (time.time() - run.began), played)
             if ended:
                 run.writer.add_scalar("charts/episodic_return", np.mean(ended[-100:]), played)
     for array in arrays:
         array.flush()  # to the disk, frames too
     os.close(fd)
-    return ended
+    return sum(gathered(ended), [])
 
 
 def load_checkpoint(path, made_by, parts, args):
@@ -200,6 +210,56 @@ def write_whole(path, content):
     aside.rename(path)
 
 
+def gathered(x):
+    """The objects x of all processes, on all of them, by rank."""
+    found = [x] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(found, x)
+    return found
+
+
+def join_others():
+    """Joins the processes that torchrun started: gloo connects their CPUs, nccl their GPUs; one prints."""
+
+    def report(kind, error, trace):
+        if issubclass(kind, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error)):
+            print(f"error: rank {RANK} of {WORLD_SIZE} lost another: start them all again", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook, sys.stdout = report, sys.stdout if RANK == 0 else open(os.devnull, "w")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+    atexit.register(dist.destroy_process_group)
+
+
+def claim(folder, args):
+    """Makes a run folder this process's: returns its lock, and the state of a stopped run, if there is one.
+
+    Refuses a folder that is in use or finished, and a stopped run with other arguments or inputs.
+    """
+    lock, resume = FileLock(folder / ".lock"), folder / "resume.pt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except OSError as e:
+        sys.exit(f"error: {folder} is another process's, or read-only ({e}): wait, or try another --exp-name")
+    for name in ("results.json", "resume.pt") if args.overwrite else ():
+        (folder / name).unlink(missing_ok=True)
+    if (folder / "results.json").exists():
+        sys.exit(f"error: {folder} holds a finished run: --overwrite it, or try another --exp-name or --seed")
+    if not resume.exists():
+        return lock, {}
+    state = torch.load(resume, map_location="cpu", weights_only=True)
+    args.bf16 = state["args"]["bf16"] if args.bf16 is None else args.bf16
+    free = ("overwrite", "checkpoint_seconds", "allow_unfinished")
+    changed = {k: v for k, v in state["args"].items() if v != vars(args).get(k) and k not in free}
+    if changed:
+        sys.exit(f"error: {folder} began with {changed}: keep it, --overwrite, or new --exp-name")
+    return lock, state
+
+
 class Run:
     """The run folder RUNS_DIR/ENV_ID__EXP_NAME__SEED, one process at a time. Nothing of the method is here.
 
@@ -211,36 +271,27 @@ class Run:
         """A stopped run goes on with the same arguments and inputs, the identities of what it reads."""
         self.args, self.parts, self.state, self.signal = args, {}, {}, 0
         self.dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
-        self.lock, other = FileLock(self.dir / ".lock"), "choose another --exp-name or --seed"
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            self.lock.acquire(blocking=False)
-        except OSError as e:
-            sys.exit(f"error: {self.dir} is in another process's hands, or read-only ({e}): wait, or {other}")
-        for name in ("results.json", "resume.pt") if args.overwrite else ():
-            (self.dir / name).unlink(missing_ok=True)
-        if (self.dir / "results.json").exists():
-            sys.exit(f"error: {self.dir} holds a finished run: add --overwrite to replace it, or {other}")
-        args.inputs, free = list(inputs), ("overwrite", "checkpoint_seconds", "allow_unfinished")
-        if (self.dir / "resume.pt").exists():
-            self.state = torch.load(self.dir / "resume.pt", map_location="cpu", weights_only=True)
-            before = self.state["args"]
-            args.bf16 = before["bf16"] if args.bf16 is None else args.bf16
-            changed = {k: v for k, v in before.items() if v != vars(args).get(k) and k not in free}
-            if changed:
-                sys.exit(f"error: {self.dir} began with {changed}: keep to it, add --overwrite or {other}")
+        if WORLD_SIZE > 1:
+            join_others()
+        args.inputs = list(inputs)
+        if RANK == 0:
+            self.lock, self.state = claim(self.dir, args)
+        self.state, args.bf16 = gathered((self.state, args.bf16))[0]
         self.meta = {"format_version": FORMAT_VERSION, "stage": Path(__file__).stem, "env_id": args.env_id}
-        self.meta["command"] = "python " + shlex.join(arg for arg in sys.argv if arg != "--overwrite")
+        start = f"torchrun --nproc_per_node={WORLD_SIZE} " if WORLD_SIZE > 1 else "python "
+        self.meta["command"] = start + shlex.join(arg for arg in sys.argv if arg != "--overwrite")
         self.meta |= {"args": vars(args), "identity": self.state.get("identity", os.urandom(16).hex())}
         self.saved, self.began = time.time(), time.time() - self.state.get("seconds", 0.0)
-        self.writer = SummaryWriter(self.dir, purge_step=self.state.get("step", 0) + 1)
+        if RANK == 0:
+            self.writer = SummaryWriter(self.dir, purge_step=self.state.get("step", 0) + 1)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
         print(f"going on in {self.dir}, in the precision it began with" if self.state else f"run {self.dir}")
 
     def stop(self, number, frame):
         self.signal = number  # Ctrl-C or SIGTERM: the first asks for a save, a second ends the process
-        signal.signal(number, signal.SIG_DFL)
+        if WORLD_SIZE == 1:  # torchrun repeats signals by itself, and kills after 30 s
+            signal.signal(number, signal.SIG_DFL)
 
     def leave_if_stopped(self):
         if self.signal:
@@ -249,28 +300,44 @@ class Run:
 
     def restore(self, **parts):
         """Notes what to save, networks and optimizers; a stopped run's are loaded. Returns what was saved."""
-        self.parts = parts
-        if self.state:
-            for name, part in parts.items():
+        self.parts, ranks = parts, self.state.get("ranks", [])
+        for name, part in parts.items():
+            if self.state:
                 part.load_state_dict(self.state[name])
+            elif WORLD_SIZE > 1 and hasattr(part, "eval"):  # the same parameters and codebooks on all ranks
+                part.load_state_dict(gathered({key: x.cpu() for key, x in part.state_dict().items()})[0])
+        if len(ranks) == WORLD_SIZE:
+            self.state |= ranks[RANK]
             torch.set_rng_state(self.state["rng"][0])
             torch.cuda.set_rng_state_all(self.state["rng"][1:])
+        elif ranks or WORLD_SIZE > 1:  # every rank draws its own from here on
+            torch.manual_seed(self.args.seed + RANK + self.state.get("step", 0))
+            print(f"{WORLD_SIZE} processes" + f", not {len(ranks)} as before: not bit for bit" * bool(ranks))
         return self.state
 
     def due(self):
-        return self.signal or time.time() - self.saved > self.args.checkpoint_seconds
+        """Whether to save: it is time for a rank, or one was sent a signal. All ranks agree."""
+        due = torch.tensor([self.signal, time.time() - self.saved > self.args.checkpoint_seconds], dtype=int)
+        if WORLD_SIZE > 1:
+            dist.all_reduce(due, dist.ReduceOp.MAX)
+        self.signal = int(due[0])
+        return bool(due.any())
 
-    def save(self, step, **state):
-        """Saves the parts and `state`, tensors and plain values; then ends the process if it was stopped."""
+    def save(self, step, own=None, **state):
+        """Saves rank 0's parts and `state`, every rank's `own`; then ends the process if it was stopped."""
+        rng = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        state |= {"step": step, "ranks": gathered((own or {}) | {"rng": rng})}
         state |= {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"step": step, "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
-        self.writer.flush()
-        write_whole(self.dir / "resume.pt", self.meta | state | {"seconds": time.time() - self.began})
+        if RANK == 0:
+            self.writer.flush()
+            write_whole(self.dir / "resume.pt", self.meta | state | {"seconds": time.time() - self.began})
         self.saved = time.time()
         self.leave_if_stopped()
 
     def finish(self, **results):
         """Writes checkpoint.pt, then results.json: the results, and what they rest on."""
+        if RANK > 0:
+            return
         networks = {name: part.state_dict() for name, part in self.parts.items() if hasattr(part, "eval")}
         write_whole(self.dir / "checkpoint.pt", self.meta | networks)
         on_gpu, here = self.args.cuda and torch.cuda.is_available(), Path(__file__).resolve().parent
@@ -288,6 +355,8 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if args.num_envs < 1 or min(args.num_train_frames, args.num_test_frames) < 3 * args.num_envs:
         sys.exit("error: --num-train-frames and --num-test-frames must be 3 (a window) x --num-envs or more")
+    if args.num_envs % WORLD_SIZE:
+        sys.exit(f"error: --num-envs {args.num_envs} is no multiple of the {WORLD_SIZE} processes")
     path = args.expert_checkpoint or f"{args.runs_dir}/{args.env_id}__ppo_procgen__{args.seed}/checkpoint.pt"
     expert = load_checkpoint(path, "ppo_procgen", ["agent", "num_levels", "start_level"], args)
     num_levels, start_level = expert["num_levels"], expert["start_level"]
@@ -298,9 +367,10 @@ if __name__ == "__main__":
     lock = FileLock(data_dir / ".lock")
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)
+        if RANK == 0:
+            lock.acquire(blocking=False)
     except OSError as e:
-        sys.exit(f"error: {data_dir} is in another process's hands, or read-only ({e}): see --data-dir")
+        sys.exit(f"error: {data_dir} is another process's, or read-only ({e}): see --data-dir")
     if (data_dir / "meta.json").exists() and not args.overwrite:
         sys.exit(f"error: {data_dir} holds a dataset: add --overwrite to replace it, or see --data-dir")
     run = Run(args, inputs=[expert["identity"]])
@@ -324,9 +394,11 @@ if __name__ == "__main__":
     levels = [(num_levels, start_level)] * 2 if num_levels else [(2**30, 0), (2**30 - 1, 2**30)]
     splits, ended, step = {}, {}, 0
     for i, split in enumerate(("train", "test")):
-        T, seed = (args.num_train_frames, args.num_test_frames)[i] // args.num_envs, args.seed + 2 + i
-        shutil.rmtree(data_dir / split, ignore_errors=True)  # a stopped run's, or overwritten
-        env = make_env(args.env_id, args.num_envs, *levels[i], seed)
+        T = (args.num_train_frames, args.num_test_frames)[i] // args.num_envs
+        seed = args.seed + 2 + i + 2 * RANK  # no two rollouts have the same
+        if RANK == 0:
+            shutil.rmtree(data_dir / split, ignore_errors=True)  # a stopped run's, or overwritten
+        env = make_env(args.env_id, args.num_envs // WORLD_SIZE, *levels[i], seed)
         generator.manual_seed(seed)
         try:
             ended[split] = collect(act, env, T, data_dir / split, run, step)
@@ -334,7 +406,7 @@ if __name__ == "__main__":
             shutil.rmtree(data_dir / split, ignore_errors=True)
             sys.exit(f"error: {data_dir} cannot be written ({e}): make room, 12.3 kB a frame")
         env.close()
-        splits[split] = {"num_frames": T * args.num_envs, "num_envs": args.num_envs, "seed": seed}
+        splits[split] = {"num_frames": T * args.num_envs, "num_envs": args.num_envs, "seeds": gathered(seed)}
         splits[split] |= {"num_levels": levels[i][0], "start_level": levels[i][1]}
         step += T * args.num_envs
 
@@ -343,6 +415,8 @@ if __name__ == "__main__":
     demonstrator = mean_and_stderr(returns) | {"episodes": len(returns)}
     data = {"format_version": 1, "identity": run.meta["identity"], "env_id": args.env_id, "seed": args.seed}
     data |= {"num_levels": num_levels, "start_level": start_level, "demonstrator": demonstrator}
-    write_whole(data_dir / "meta.json", json.dumps(data | {"splits": splits, "args": vars(args)}, indent=2))
+    data |= {"splits": splits, "args": vars(args)}
+    if RANK == 0:
+        write_whole(data_dir / "meta.json", json.dumps(data, indent=2))
     run.finish(**demonstrator, returns=returns)
     print(f"next: lapo_pretrain.py --env-id {args.env_id} --data-dir {data_dir} --runs-dir {args.runs_dir}")

@@ -10,6 +10,7 @@ Reads data/ENV_ID and RUNS_DIR/ENV_ID__lapo_pretrain__SEED/checkpoint.pt,
 writes RUNS_DIR/ENV_ID__lapo_bc__SEED/checkpoint.pt: the policy, and the IDM for the next stages.
 """
 
+import atexit
 import json
 import os
 import shlex
@@ -18,10 +19,12 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
@@ -31,6 +34,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 FORMAT_VERSION = 4  # of checkpoints
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+tqdm = partial(tqdm, disable=RANK > 0)  # one bar, rank 0's
 
 
 @dataclass
@@ -172,6 +177,18 @@ def load_checkpoint(path, made_by, parts, args):
     return checkpoint
 
 
+def average(loss, params):
+    """Averages the gradients over all processes, in place, and returns the mean loss: one all-reduce."""
+    loss, grads = loss.detach(), [p.grad for p in params if p.grad is not None]
+    if WORLD_SIZE > 1:
+        flat = torch.cat([loss.view(1), *(grad.flatten() for grad in grads)])
+        dist.all_reduce(flat)
+        loss, *means = (flat / WORLD_SIZE).split([1, *(grad.numel() for grad in grads)])
+        for grad, mean in zip(grads, means):
+            grad.copy_(mean.view(grad.shape))
+    return loss
+
+
 def choose_precision(args, device, step):
     """The autocast: as --[no-]bf16 says, else bfloat16 if step(), on a few samples, is faster in it here."""
 
@@ -188,7 +205,7 @@ def choose_precision(args, device, step):
     elif args.bf16 is None:
         ratio = speedup(lambda: torch.ones(256, 256) @ torch.ones(256, 256))
         ratio = speedup(step) if ratio > 0.2 else ratio  # 0.01: no instructions, a step would take minutes
-        args.bf16 = ratio > 1.1
+        args.bf16 = gathered(ratio > 1.1)[0]
         print(f"bfloat16: {ratio:.2g}× float32 on this machine (--bf16 or --no-bf16 forces one)")
     print(f"{args.env_id}: {device}, {'bfloat16' if args.bf16 else 'float32'}")
     return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
@@ -204,6 +221,56 @@ def write_whole(path, content):
     aside.rename(path)
 
 
+def gathered(x):
+    """The objects x of all processes, on all of them, by rank."""
+    found = [x] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(found, x)
+    return found
+
+
+def join_others():
+    """Joins the processes that torchrun started: gloo connects their CPUs, nccl their GPUs; one prints."""
+
+    def report(kind, error, trace):
+        if issubclass(kind, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error)):
+            print(f"error: rank {RANK} of {WORLD_SIZE} lost another: start them all again", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook, sys.stdout = report, sys.stdout if RANK == 0 else open(os.devnull, "w")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+    atexit.register(dist.destroy_process_group)
+
+
+def claim(folder, args):
+    """Makes a run folder this process's: returns its lock, and the state of a stopped run, if there is one.
+
+    Refuses a folder that is in use or finished, and a stopped run with other arguments or inputs.
+    """
+    lock, resume = FileLock(folder / ".lock"), folder / "resume.pt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except OSError as e:
+        sys.exit(f"error: {folder} is another process's, or read-only ({e}): wait, or try another --exp-name")
+    for name in ("results.json", "resume.pt") if args.overwrite else ():
+        (folder / name).unlink(missing_ok=True)
+    if (folder / "results.json").exists():
+        sys.exit(f"error: {folder} holds a finished run: --overwrite it, or try another --exp-name or --seed")
+    if not resume.exists():
+        return lock, {}
+    state = torch.load(resume, map_location="cpu", weights_only=True)
+    args.bf16 = state["args"]["bf16"] if args.bf16 is None else args.bf16
+    free = ("overwrite", "checkpoint_seconds", "allow_unfinished")
+    changed = {k: v for k, v in state["args"].items() if v != vars(args).get(k) and k not in free}
+    if changed:
+        sys.exit(f"error: {folder} began with {changed}: keep it, --overwrite, or new --exp-name")
+    return lock, state
+
+
 class Run:
     """The run folder RUNS_DIR/ENV_ID__EXP_NAME__SEED, one process at a time. Nothing of the method is here.
 
@@ -215,36 +282,27 @@ class Run:
         """A stopped run goes on with the same arguments and inputs, the identities of what it reads."""
         self.args, self.parts, self.state, self.signal = args, {}, {}, 0
         self.dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
-        self.lock, other = FileLock(self.dir / ".lock"), "choose another --exp-name or --seed"
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            self.lock.acquire(blocking=False)
-        except OSError as e:
-            sys.exit(f"error: {self.dir} is in another process's hands, or read-only ({e}): wait, or {other}")
-        for name in ("results.json", "resume.pt") if args.overwrite else ():
-            (self.dir / name).unlink(missing_ok=True)
-        if (self.dir / "results.json").exists():
-            sys.exit(f"error: {self.dir} holds a finished run: add --overwrite to replace it, or {other}")
-        args.inputs, free = list(inputs), ("overwrite", "checkpoint_seconds", "allow_unfinished")
-        if (self.dir / "resume.pt").exists():
-            self.state = torch.load(self.dir / "resume.pt", map_location="cpu", weights_only=True)
-            before = self.state["args"]
-            args.bf16 = before["bf16"] if args.bf16 is None else args.bf16
-            changed = {k: v for k, v in before.items() if v != vars(args).get(k) and k not in free}
-            if changed:
-                sys.exit(f"error: {self.dir} began with {changed}: keep to it, add --overwrite or {other}")
+        if WORLD_SIZE > 1:
+            join_others()
+        args.inputs = list(inputs)
+        if RANK == 0:
+            self.lock, self.state = claim(self.dir, args)
+        self.state, args.bf16 = gathered((self.state, args.bf16))[0]
         self.meta = {"format_version": FORMAT_VERSION, "stage": Path(__file__).stem, "env_id": args.env_id}
-        self.meta["command"] = "python " + shlex.join(arg for arg in sys.argv if arg != "--overwrite")
+        start = f"torchrun --nproc_per_node={WORLD_SIZE} " if WORLD_SIZE > 1 else "python "
+        self.meta["command"] = start + shlex.join(arg for arg in sys.argv if arg != "--overwrite")
         self.meta |= {"args": vars(args), "identity": self.state.get("identity", os.urandom(16).hex())}
         self.saved, self.began = time.time(), time.time() - self.state.get("seconds", 0.0)
-        self.writer = SummaryWriter(self.dir, purge_step=self.state.get("step", 0) + 1)
+        if RANK == 0:
+            self.writer = SummaryWriter(self.dir, purge_step=self.state.get("step", 0) + 1)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
         print(f"going on in {self.dir}, in the precision it began with" if self.state else f"run {self.dir}")
 
     def stop(self, number, frame):
         self.signal = number  # Ctrl-C or SIGTERM: the first asks for a save, a second ends the process
-        signal.signal(number, signal.SIG_DFL)
+        if WORLD_SIZE == 1:  # torchrun repeats signals by itself, and kills after 30 s
+            signal.signal(number, signal.SIG_DFL)
 
     def leave_if_stopped(self):
         if self.signal:
@@ -253,28 +311,44 @@ class Run:
 
     def restore(self, **parts):
         """Notes what to save, networks and optimizers; a stopped run's are loaded. Returns what was saved."""
-        self.parts = parts
-        if self.state:
-            for name, part in parts.items():
+        self.parts, ranks = parts, self.state.get("ranks", [])
+        for name, part in parts.items():
+            if self.state:
                 part.load_state_dict(self.state[name])
+            elif WORLD_SIZE > 1 and hasattr(part, "eval"):  # the same parameters and codebooks on all ranks
+                part.load_state_dict(gathered({key: x.cpu() for key, x in part.state_dict().items()})[0])
+        if len(ranks) == WORLD_SIZE:
+            self.state |= ranks[RANK]
             torch.set_rng_state(self.state["rng"][0])
             torch.cuda.set_rng_state_all(self.state["rng"][1:])
+        elif ranks or WORLD_SIZE > 1:  # every rank draws its own from here on
+            torch.manual_seed(self.args.seed + RANK + self.state.get("step", 0))
+            print(f"{WORLD_SIZE} processes" + f", not {len(ranks)} as before: not bit for bit" * bool(ranks))
         return self.state
 
     def due(self):
-        return self.signal or time.time() - self.saved > self.args.checkpoint_seconds
+        """Whether to save: it is time for a rank, or one was sent a signal. All ranks agree."""
+        due = torch.tensor([self.signal, time.time() - self.saved > self.args.checkpoint_seconds], dtype=int)
+        if WORLD_SIZE > 1:
+            dist.all_reduce(due, dist.ReduceOp.MAX)
+        self.signal = int(due[0])
+        return bool(due.any())
 
-    def save(self, step, **state):
-        """Saves the parts and `state`, tensors and plain values; then ends the process if it was stopped."""
+    def save(self, step, own=None, **state):
+        """Saves rank 0's parts and `state`, every rank's `own`; then ends the process if it was stopped."""
+        rng = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        state |= {"step": step, "ranks": gathered((own or {}) | {"rng": rng})}
         state |= {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"step": step, "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
-        self.writer.flush()
-        write_whole(self.dir / "resume.pt", self.meta | state | {"seconds": time.time() - self.began})
+        if RANK == 0:
+            self.writer.flush()
+            write_whole(self.dir / "resume.pt", self.meta | state | {"seconds": time.time() - self.began})
         self.saved = time.time()
         self.leave_if_stopped()
 
     def finish(self, **results):
         """Writes checkpoint.pt, then results.json: the results, and what they rest on."""
+        if RANK > 0:
+            return
         networks = {name: part.state_dict() for name, part in self.parts.items() if hasattr(part, "eval")}
         write_whole(self.dir / "checkpoint.pt", self.meta | networks)
         on_gpu, here = self.args.cuda and torch.cuda.is_available(), Path(__file__).resolve().parent
@@ -290,8 +364,9 @@ class Run:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    if min(args.num_updates, args.batch_size, args.eval_every) < 1:
-        sys.exit("error: --num-updates, --batch-size and --eval-every must be 1 or more")
+    if min(args.num_updates, args.batch_size, args.eval_every) < 1 or args.batch_size % WORLD_SIZE:
+        what = f"must be 1 or more, --batch-size {args.batch_size} a multiple of the {WORLD_SIZE} processes"
+        sys.exit(f"error: --num-updates, --batch-size and --eval-every {what}")
     default = f"{args.runs_dir}/{args.env_id}__lapo_pretrain__{args.seed}/checkpoint.pt"
     pretrained = load_checkpoint(args.pretrain_checkpoint or default, "lapo_pretrain", ["idm", "fdm"], args)
     data, frames, windows = load_dataset(args)
@@ -311,18 +386,19 @@ if __name__ == "__main__":
     autocast = choose_precision(args, device, lambda: policy(obs_test[:16]).square().mean().backward())
     state = run.restore(policy=policy, optimizer=optimizer, idm=idm)
 
-    # labels: the IDM's latents of all windows, computed once
-    t_train = windows["train"]
-    if not state:
+    # labels: the IDM's latents, computed once; with several processes each labels its windows and learns them
+    t_train = windows["train"][RANK::WORLD_SIZE]
+    labels = run.dir / ("latents.pt" if WORLD_SIZE == 1 else f"latents-{RANK}-of-{WORLD_SIZE}.pt")
+    if not state or not labels.exists():
         z_train = []
         for t in tqdm(np.split(t_train, range(512, len(t_train), 512)), "label", unit="batch"):
             with torch.inference_mode(), autocast:
                 z_train.append(idm(get_windows(frames["train"], t, device)).cpu())
             run.leave_if_stopped()
-        write_whole(run.dir / "latents.pt", torch.cat(z_train))
-    z_train = torch.load(run.dir / "latents.pt", mmap=True, weights_only=True)  # (n, latent_dim)
-    policy.mean.copy_(z_train.mean(0))
-    policy.std.copy_(z_train.std(0) + 1e-6)
+        write_whole(labels, torch.cat(z_train))
+    z_train = torch.load(labels, mmap=True, weights_only=True)  # (n, latent_dim)
+    policy.mean.copy_(gathered(z_train.mean(0))[0])  # rank 0 has every WORLD_SIZE-th window
+    policy.std.copy_(gathered(z_train.std(0))[0] + 1e-6)
     with torch.no_grad(), autocast:
         z_test = idm(get_windows(frames["test"], t_test, device))
     mean_mse = F.mse_loss(policy.mean.expand_as(z_test), z_test).item()  # what pi must beat
@@ -333,21 +409,22 @@ if __name__ == "__main__":
     for step in steps:
         lr = args.learning_rate * float(np.interp(step - 1, warmed_up, [0.01, 1.0, 0.0]))
         optimizer.param_groups[0]["lr"] = lr
-        i = torch.randint(len(z_train), (args.batch_size,))
+        i = torch.randint(len(z_train), (args.batch_size // WORLD_SIZE,))
         with autocast:
             z = policy(torch.from_numpy(frames["train"][t_train[i]]).to(device))
         loss = F.mse_loss(z, z_train[i].to(device))
-        if not torch.isfinite(loss):
-            sys.exit(f"error: loss {loss.item()} at update {step}: lower --learning-rate, or try --no-bf16")
         optimizer.zero_grad()
         loss.backward()
+        loss = average(loss, policy.parameters())
+        if not torch.isfinite(loss):
+            sys.exit(f"error: loss {loss.item()} at update {step}: lower --learning-rate, or try --no-bf16")
         optimizer.step()
 
-        if step % 50 == 0 or step == 1:
+        if RANK == 0 and (step % 50 == 0 or step == 1):
             run.writer.add_scalar("losses/latent_mse", loss.item(), step)
             run.writer.add_scalar("charts/learning_rate", lr, step)
             run.writer.add_scalar("charts/SPS", step * args.batch_size / (time.time() - run.began), step)
-        if step % args.eval_every == 0 or step == args.num_updates:
+        if RANK == 0 and (step % args.eval_every == 0 or step == args.num_updates):
             with torch.no_grad(), autocast:
                 test_mse = F.mse_loss(policy(obs_test), z_test).item()
             run.writer.add_scalar("test/latent_mse", test_mse, step)
@@ -355,5 +432,5 @@ if __name__ == "__main__":
             steps.set_postfix_str(f"test MSE {test_mse:.3g}, of the mean latent {mean_mse:.3g}")
         if run.due() or step == args.num_updates:
             run.save(step, curve=curve)
-    run.finish(**curve[-1], mean_latent_mse=mean_mse, curve=curve)
+    run.finish(**(curve or [{}])[-1], mean_latent_mse=mean_mse, curve=curve)
     print(f"next: lapo_decode.py or lapo_finetune_ppo.py --env-id {args.env_id} --runs-dir {args.runs_dir}")

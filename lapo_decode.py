@@ -12,6 +12,7 @@ Reads data/ENV_ID and RUNS_DIR/ENV_ID__lapo_bc__SEED/checkpoint.pt,
 writes RUNS_DIR/ENV_ID__lapo_decode__SEED/results.json and checkpoint.pt: policy and decoder of one draw.
 """
 
+import atexit
 import copy
 import json
 import math
@@ -22,11 +23,13 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import gym_notices.notices
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
@@ -38,6 +41,8 @@ gym_notices.notices.notices.clear()  # else procgen's import of gym prints four 
 from procgen import ProcgenGym3Env  # noqa: E402
 
 FORMAT_VERSION = 4  # of checkpoints
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+tqdm = partial(tqdm, disable=RANK > 0)  # one bar, rank 0's
 
 
 @dataclass
@@ -335,6 +340,56 @@ def write_whole(path, content):
     aside.rename(path)
 
 
+def gathered(x):
+    """The objects x of all processes, on all of them, by rank."""
+    found = [x] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(found, x)
+    return found
+
+
+def join_others():
+    """Joins the processes that torchrun started: gloo connects their CPUs, nccl their GPUs; one prints."""
+
+    def report(kind, error, trace):
+        if issubclass(kind, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error)):
+            print(f"error: rank {RANK} of {WORLD_SIZE} lost another: start them all again", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook, sys.stdout = report, sys.stdout if RANK == 0 else open(os.devnull, "w")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+    atexit.register(dist.destroy_process_group)
+
+
+def claim(folder, args):
+    """Makes a run folder this process's: returns its lock, and the state of a stopped run, if there is one.
+
+    Refuses a folder that is in use or finished, and a stopped run with other arguments or inputs.
+    """
+    lock, resume = FileLock(folder / ".lock"), folder / "resume.pt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except OSError as e:
+        sys.exit(f"error: {folder} is another process's, or read-only ({e}): wait, or try another --exp-name")
+    for name in ("results.json", "resume.pt") if args.overwrite else ():
+        (folder / name).unlink(missing_ok=True)
+    if (folder / "results.json").exists():
+        sys.exit(f"error: {folder} holds a finished run: --overwrite it, or try another --exp-name or --seed")
+    if not resume.exists():
+        return lock, {}
+    state = torch.load(resume, map_location="cpu", weights_only=True)
+    args.bf16 = state["args"]["bf16"] if args.bf16 is None else args.bf16
+    free = ("overwrite", "checkpoint_seconds", "allow_unfinished")
+    changed = {k: v for k, v in state["args"].items() if v != vars(args).get(k) and k not in free}
+    if changed:
+        sys.exit(f"error: {folder} began with {changed}: keep it, --overwrite, or new --exp-name")
+    return lock, state
+
+
 class Run:
     """The run folder RUNS_DIR/ENV_ID__EXP_NAME__SEED, one process at a time. Nothing of the method is here.
 
@@ -346,36 +401,27 @@ class Run:
         """A stopped run goes on with the same arguments and inputs, the identities of what it reads."""
         self.args, self.parts, self.state, self.signal = args, {}, {}, 0
         self.dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
-        self.lock, other = FileLock(self.dir / ".lock"), "choose another --exp-name or --seed"
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            self.lock.acquire(blocking=False)
-        except OSError as e:
-            sys.exit(f"error: {self.dir} is in another process's hands, or read-only ({e}): wait, or {other}")
-        for name in ("results.json", "resume.pt") if args.overwrite else ():
-            (self.dir / name).unlink(missing_ok=True)
-        if (self.dir / "results.json").exists():
-            sys.exit(f"error: {self.dir} holds a finished run: add --overwrite to replace it, or {other}")
-        args.inputs, free = list(inputs), ("overwrite", "checkpoint_seconds", "allow_unfinished")
-        if (self.dir / "resume.pt").exists():
-            self.state = torch.load(self.dir / "resume.pt", map_location="cpu", weights_only=True)
-            before = self.state["args"]
-            args.bf16 = before["bf16"] if args.bf16 is None else args.bf16
-            changed = {k: v for k, v in before.items() if v != vars(args).get(k) and k not in free}
-            if changed:
-                sys.exit(f"error: {self.dir} began with {changed}: keep to it, add --overwrite or {other}")
+        if WORLD_SIZE > 1:
+            join_others()
+        args.inputs = list(inputs)
+        if RANK == 0:
+            self.lock, self.state = claim(self.dir, args)
+        self.state, args.bf16 = gathered((self.state, args.bf16))[0]
         self.meta = {"format_version": FORMAT_VERSION, "stage": Path(__file__).stem, "env_id": args.env_id}
-        self.meta["command"] = "python " + shlex.join(arg for arg in sys.argv if arg != "--overwrite")
+        start = f"torchrun --nproc_per_node={WORLD_SIZE} " if WORLD_SIZE > 1 else "python "
+        self.meta["command"] = start + shlex.join(arg for arg in sys.argv if arg != "--overwrite")
         self.meta |= {"args": vars(args), "identity": self.state.get("identity", os.urandom(16).hex())}
         self.saved, self.began = time.time(), time.time() - self.state.get("seconds", 0.0)
-        self.writer = SummaryWriter(self.dir, purge_step=self.state.get("step", 0) + 1)
+        if RANK == 0:
+            self.writer = SummaryWriter(self.dir, purge_step=self.state.get("step", 0) + 1)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
         print(f"going on in {self.dir}, in the precision it began with" if self.state else f"run {self.dir}")
 
     def stop(self, number, frame):
         self.signal = number  # Ctrl-C or SIGTERM: the first asks for a save, a second ends the process
-        signal.signal(number, signal.SIG_DFL)
+        if WORLD_SIZE == 1:  # torchrun repeats signals by itself, and kills after 30 s
+            signal.signal(number, signal.SIG_DFL)
 
     def leave_if_stopped(self):
         if self.signal:
@@ -384,28 +430,44 @@ class Run:
 
     def restore(self, **parts):
         """Notes what to save, networks and optimizers; a stopped run's are loaded. Returns what was saved."""
-        self.parts = parts
-        if self.state:
-            for name, part in parts.items():
+        self.parts, ranks = parts, self.state.get("ranks", [])
+        for name, part in parts.items():
+            if self.state:
                 part.load_state_dict(self.state[name])
+            elif WORLD_SIZE > 1 and hasattr(part, "eval"):  # the same parameters and codebooks on all ranks
+                part.load_state_dict(gathered({key: x.cpu() for key, x in part.state_dict().items()})[0])
+        if len(ranks) == WORLD_SIZE:
+            self.state |= ranks[RANK]
             torch.set_rng_state(self.state["rng"][0])
             torch.cuda.set_rng_state_all(self.state["rng"][1:])
+        elif ranks or WORLD_SIZE > 1:  # every rank draws its own from here on
+            torch.manual_seed(self.args.seed + RANK + self.state.get("step", 0))
+            print(f"{WORLD_SIZE} processes" + f", not {len(ranks)} as before: not bit for bit" * bool(ranks))
         return self.state
 
     def due(self):
-        return self.signal or time.time() - self.saved > self.args.checkpoint_seconds
+        """Whether to save: it is time for a rank, or one was sent a signal. All ranks agree."""
+        due = torch.tensor([self.signal, time.time() - self.saved > self.args.checkpoint_seconds], dtype=int)
+        if WORLD_SIZE > 1:
+            dist.all_reduce(due, dist.ReduceOp.MAX)
+        self.signal = int(due[0])
+        return bool(due.any())
 
-    def save(self, step, **state):
-        """Saves the parts and `state`, tensors and plain values; then ends the process if it was stopped."""
+    def save(self, step, own=None, **state):
+        """Saves rank 0's parts and `state`, every rank's `own`; then ends the process if it was stopped."""
+        rng = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        state |= {"step": step, "ranks": gathered((own or {}) | {"rng": rng})}
         state |= {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"step": step, "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
-        self.writer.flush()
-        write_whole(self.dir / "resume.pt", self.meta | state | {"seconds": time.time() - self.began})
+        if RANK == 0:
+            self.writer.flush()
+            write_whole(self.dir / "resume.pt", self.meta | state | {"seconds": time.time() - self.began})
         self.saved = time.time()
         self.leave_if_stopped()
 
     def finish(self, **results):
         """Writes checkpoint.pt, then results.json: the results, and what they rest on."""
+        if RANK > 0:
+            return
         networks = {name: part.state_dict() for name, part in self.parts.items() if hasattr(part, "eval")}
         write_whole(self.dir / "checkpoint.pt", self.meta | networks)
         on_gpu, here = self.args.cuda and torch.cuda.is_available(), Path(__file__).resolve().parent
@@ -421,6 +483,10 @@ class Run:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    if WORLD_SIZE > 1:
+        sys.exit(
+            "error: decoding trains small networks, one process does: `python lapo_decode.py`, no torchrun"
+        )
     counts = args.num_draws - 1, args.eval_episodes, args.num_envs, args.policy_batch_size
     if min(*counts, args.decoder_updates, args.cloning_updates) < 1 or not args.temperature > 0:
         least = "--num-draws 2, --eval-episodes, --num-envs, --policy-batch-size and all updates 1"

@@ -9,6 +9,7 @@
 Reads RUNS_DIR/ENV_ID__lapo_bc__SEED/checkpoint.pt, writes RUNS_DIR/ENV_ID__EXP_NAME__SEED/checkpoint.pt.
 """
 
+import atexit
 import json
 import os
 import shlex
@@ -17,11 +18,13 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import gym_notices.notices
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
@@ -36,6 +39,8 @@ from gym.wrappers.normalize import RunningMeanStd  # noqa: E402
 from procgen import ProcgenGym3Env  # noqa: E402
 
 FORMAT_VERSION = 4  # of checkpoints
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+tqdm = partial(tqdm, disable=RANK > 0)  # one bar, rank 0's
 
 
 @dataclass
@@ -202,16 +207,15 @@ class RewardNormalizer:
 
     def __call__(self, reward, done):
         self.returns = self.returns * self.gamma + reward
-        self.stats.update(self.returns)
+        self.stats.update(np.concatenate(gathered(self.returns)))  # of the games of all processes
         self.returns[done] = 0.0
         return np.clip(reward / np.sqrt(self.stats.var + 1e-8), -10, 10)
 
     def state_dict(self):
-        return {"returns": self.returns.tolist(), "stats": {k: float(x) for k, x in vars(self.stats).items()}}
+        return {key: float(x) for key, x in vars(self.stats).items()}
 
     def load_state_dict(self, state):
-        self.returns = np.array(state["returns"])
-        vars(self.stats).update(state["stats"])
+        vars(self.stats).update(state)
 
 
 def compute_gae(rewards, values, dones, next_value, next_done, gamma, gae_lambda):
@@ -257,7 +261,7 @@ def label_rollout(idm, obs, dones, actions, autocast):
         with autocast:
             z.append(idm(window.permute(0, 3, 1, 2).float() / 255 - 0.5))
         a.append(actions[t, e])
-    return torch.cat(z), torch.cat(a)
+    return torch.cat(z).cpu(), torch.cat(a).cpu()
 
 
 def fit_decoder(decoder, z, actions, args):
@@ -331,6 +335,18 @@ def load_checkpoint(path, made_by, parts, args):
     return checkpoint
 
 
+def average(loss, params):
+    """Averages the gradients over all processes, in place, and returns the mean loss: one all-reduce."""
+    loss, grads = loss.detach(), [p.grad for p in params if p.grad is not None]
+    if WORLD_SIZE > 1:
+        flat = torch.cat([loss.view(1), *(grad.flatten() for grad in grads)])
+        dist.all_reduce(flat)
+        loss, *means = (flat / WORLD_SIZE).split([1, *(grad.numel() for grad in grads)])
+        for grad, mean in zip(grads, means):
+            grad.copy_(mean.view(grad.shape))
+    return loss
+
+
 def choose_precision(args, device, step):
     """The autocast: as --[no-]bf16 says, else bfloat16 if step(), on a few samples, is faster in it here."""
 
@@ -347,7 +363,7 @@ def choose_precision(args, device, step):
     elif args.bf16 is None:
         ratio = speedup(lambda: torch.ones(256, 256) @ torch.ones(256, 256))
         ratio = speedup(step) if ratio > 0.2 else ratio  # 0.01: no instructions, a step would take minutes
-        args.bf16 = ratio > 1.1
+        args.bf16 = gathered(ratio > 1.1)[0]
         print(f"bfloat16: {ratio:.2g}× float32 on this machine (--bf16 or --no-bf16 forces one)")
     print(f"{args.env_id}: {device}, {'bfloat16' if args.bf16 else 'float32'}")
     return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
@@ -363,6 +379,56 @@ def write_whole(path, content):
     aside.rename(path)
 
 
+def gathered(x):
+    """The objects x of all processes, on all of them, by rank."""
+    found = [x] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(found, x)
+    return found
+
+
+def join_others():
+    """Joins the processes that torchrun started: gloo connects their CPUs, nccl their GPUs; one prints."""
+
+    def report(kind, error, trace):
+        if issubclass(kind, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error)):
+            print(f"error: rank {RANK} of {WORLD_SIZE} lost another: start them all again", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook, sys.stdout = report, sys.stdout if RANK == 0 else open(os.devnull, "w")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+    atexit.register(dist.destroy_process_group)
+
+
+def claim(folder, args):
+    """Makes a run folder this process's: returns its lock, and the state of a stopped run, if there is one.
+
+    Refuses a folder that is in use or finished, and a stopped run with other arguments or inputs.
+    """
+    lock, resume = FileLock(folder / ".lock"), folder / "resume.pt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except OSError as e:
+        sys.exit(f"error: {folder} is another process's, or read-only ({e}): wait, or try another --exp-name")
+    for name in ("results.json", "resume.pt") if args.overwrite else ():
+        (folder / name).unlink(missing_ok=True)
+    if (folder / "results.json").exists():
+        sys.exit(f"error: {folder} holds a finished run: --overwrite it, or try another --exp-name or --seed")
+    if not resume.exists():
+        return lock, {}
+    state = torch.load(resume, map_location="cpu", weights_only=True)
+    args.bf16 = state["args"]["bf16"] if args.bf16 is None else args.bf16
+    free = ("overwrite", "checkpoint_seconds", "allow_unfinished")
+    changed = {k: v for k, v in state["args"].items() if v != vars(args).get(k) and k not in free}
+    if changed:
+        sys.exit(f"error: {folder} began with {changed}: keep it, --overwrite, or new --exp-name")
+    return lock, state
+
+
 class Run:
     """The run folder RUNS_DIR/ENV_ID__EXP_NAME__SEED, one process at a time. Nothing of the method is here.
 
@@ -374,36 +440,27 @@ class Run:
         """A stopped run goes on with the same arguments and inputs, the identities of what it reads."""
         self.args, self.parts, self.state, self.signal = args, {}, {}, 0
         self.dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
-        self.lock, other = FileLock(self.dir / ".lock"), "choose another --exp-name or --seed"
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            self.lock.acquire(blocking=False)
-        except OSError as e:
-            sys.exit(f"error: {self.dir} is in another process's hands, or read-only ({e}): wait, or {other}")
-        for name in ("results.json", "resume.pt") if args.overwrite else ():
-            (self.dir / name).unlink(missing_ok=True)
-        if (self.dir / "results.json").exists():
-            sys.exit(f"error: {self.dir} holds a finished run: add --overwrite to replace it, or {other}")
-        args.inputs, free = list(inputs), ("overwrite", "checkpoint_seconds", "allow_unfinished")
-        if (self.dir / "resume.pt").exists():
-            self.state = torch.load(self.dir / "resume.pt", map_location="cpu", weights_only=True)
-            before = self.state["args"]
-            args.bf16 = before["bf16"] if args.bf16 is None else args.bf16
-            changed = {k: v for k, v in before.items() if v != vars(args).get(k) and k not in free}
-            if changed:
-                sys.exit(f"error: {self.dir} began with {changed}: keep to it, add --overwrite or {other}")
+        if WORLD_SIZE > 1:
+            join_others()
+        args.inputs = list(inputs)
+        if RANK == 0:
+            self.lock, self.state = claim(self.dir, args)
+        self.state, args.bf16 = gathered((self.state, args.bf16))[0]
         self.meta = {"format_version": FORMAT_VERSION, "stage": Path(__file__).stem, "env_id": args.env_id}
-        self.meta["command"] = "python " + shlex.join(arg for arg in sys.argv if arg != "--overwrite")
+        start = f"torchrun --nproc_per_node={WORLD_SIZE} " if WORLD_SIZE > 1 else "python "
+        self.meta["command"] = start + shlex.join(arg for arg in sys.argv if arg != "--overwrite")
         self.meta |= {"args": vars(args), "identity": self.state.get("identity", os.urandom(16).hex())}
         self.saved, self.began = time.time(), time.time() - self.state.get("seconds", 0.0)
-        self.writer = SummaryWriter(self.dir, purge_step=self.state.get("step", 0) + 1)
+        if RANK == 0:
+            self.writer = SummaryWriter(self.dir, purge_step=self.state.get("step", 0) + 1)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
         print(f"going on in {self.dir}, in the precision it began with" if self.state else f"run {self.dir}")
 
     def stop(self, number, frame):
         self.signal = number  # Ctrl-C or SIGTERM: the first asks for a save, a second ends the process
-        signal.signal(number, signal.SIG_DFL)
+        if WORLD_SIZE == 1:  # torchrun repeats signals by itself, and kills after 30 s
+            signal.signal(number, signal.SIG_DFL)
 
     def leave_if_stopped(self):
         if self.signal:
@@ -412,28 +469,44 @@ class Run:
 
     def restore(self, **parts):
         """Notes what to save, networks and optimizers; a stopped run's are loaded. Returns what was saved."""
-        self.parts = parts
-        if self.state:
-            for name, part in parts.items():
+        self.parts, ranks = parts, self.state.get("ranks", [])
+        for name, part in parts.items():
+            if self.state:
                 part.load_state_dict(self.state[name])
+            elif WORLD_SIZE > 1 and hasattr(part, "eval"):  # the same parameters and codebooks on all ranks
+                part.load_state_dict(gathered({key: x.cpu() for key, x in part.state_dict().items()})[0])
+        if len(ranks) == WORLD_SIZE:
+            self.state |= ranks[RANK]
             torch.set_rng_state(self.state["rng"][0])
             torch.cuda.set_rng_state_all(self.state["rng"][1:])
+        elif ranks or WORLD_SIZE > 1:  # every rank draws its own from here on
+            torch.manual_seed(self.args.seed + RANK + self.state.get("step", 0))
+            print(f"{WORLD_SIZE} processes" + f", not {len(ranks)} as before: not bit for bit" * bool(ranks))
         return self.state
 
     def due(self):
-        return self.signal or time.time() - self.saved > self.args.checkpoint_seconds
+        """Whether to save: it is time for a rank, or one was sent a signal. All ranks agree."""
+        due = torch.tensor([self.signal, time.time() - self.saved > self.args.checkpoint_seconds], dtype=int)
+        if WORLD_SIZE > 1:
+            dist.all_reduce(due, dist.ReduceOp.MAX)
+        self.signal = int(due[0])
+        return bool(due.any())
 
-    def save(self, step, **state):
-        """Saves the parts and `state`, tensors and plain values; then ends the process if it was stopped."""
+    def save(self, step, own=None, **state):
+        """Saves rank 0's parts and `state`, every rank's `own`; then ends the process if it was stopped."""
+        rng = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        state |= {"step": step, "ranks": gathered((own or {}) | {"rng": rng})}
         state |= {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"step": step, "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
-        self.writer.flush()
-        write_whole(self.dir / "resume.pt", self.meta | state | {"seconds": time.time() - self.began})
+        if RANK == 0:
+            self.writer.flush()
+            write_whole(self.dir / "resume.pt", self.meta | state | {"seconds": time.time() - self.began})
         self.saved = time.time()
         self.leave_if_stopped()
 
     def finish(self, **results):
         """Writes checkpoint.pt, then results.json: the results, and what they rest on."""
+        if RANK > 0:
+            return
         networks = {name: part.state_dict() for name, part in self.parts.items() if hasattr(part, "eval")}
         write_whole(self.dir / "checkpoint.pt", self.meta | networks)
         on_gpu, here = self.args.cuda and torch.cuda.is_available(), Path(__file__).resolve().parent
@@ -449,12 +522,14 @@ class Run:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    T, E = args.num_steps, args.num_envs
-    if min(T, E, args.num_minibatches, args.update_epochs, args.eval_episodes - 1) < 1:
+    T, E = args.num_steps, args.num_envs // WORLD_SIZE  # the games of this process
+    n = len(range(RANK, args.eval_episodes, WORLD_SIZE))  # its share of the episodes
+    if min(T, E, args.num_minibatches, args.update_epochs, n, args.eval_episodes - 1) < 1:
         sys.exit("error: --num-steps, -envs, -minibatches, --update-epochs: 1 or more, --eval-episodes: 2")
-    batch_size, num_iterations = T * E, max(1, args.total_timesteps // (T * E))
-    if batch_size % args.num_minibatches:
-        sys.exit(f"error: --num-minibatches {args.num_minibatches} does not divide {T} steps x {E} envs")
+    batch_size, num_iterations = T * args.num_envs, max(1, args.total_timesteps // (T * args.num_envs))
+    if args.num_envs % WORLD_SIZE or T * E % args.num_minibatches:
+        rollout = f"{T} steps x {args.num_envs} envs / {WORLD_SIZE} processes"
+        sys.exit(f"error: --num-minibatches {args.num_minibatches} does not divide {rollout}")
     warmups = args.action_head_warmup, args.value_head_warmup, args.linear_warmup
     if not all(0 <= start < end < args.total_timesteps for start, end in warmups):
         sys.exit(f"error: warm-ups must rise and end before {args.total_timesteps} frames, not be {warmups}")
@@ -485,7 +560,7 @@ if __name__ == "__main__":
     ]
     optimizer = torch.optim.Adam(groups, lr=0.0, eps=1e-5, fused=True)
     normalize_reward = RewardNormalizer(E, args.gamma)
-    env = make_env(args.env_id, E, *levels, args.seed)
+    env = make_env(args.env_id, E, *levels, args.seed + RANK)
     next_obs, next_done = torch.tensor(env.observe()[1]["rgb"], device=device), torch.ones(E, device=device)
     autocast = choose_precision(args, device, lambda: agent.network(next_obs.permute(0, 3, 1, 2) / 255))
 
@@ -494,16 +569,16 @@ if __name__ == "__main__":
     features = torch.zeros((T, E, agent.network.fc.in_features), device=device)  # of frozen convolutions
     actions = torch.zeros((T, E), dtype=torch.long, device=device)
     logprobs, rewards, dones, values = (torch.zeros((T, E), device=device) for _ in range(4))
-    episode_return, ended, curve = np.zeros(E), [], []
+    episode_return = np.zeros(E)
     # o_{t-1} of a rollout's first window is the last observation of the rollout before. Before the very first
     # there is none, and this one a fake: next_done, 1 there, keeps the window out of the decoder's pairs
-    last_obs, pairs = next_obs, []
+    last_obs = next_obs
     state = run.restore(agent=agent, optimizer=optimizer, normalize_reward=normalize_reward)
-    if state:
+    ended, curve, pairs = (state.get(key, []) for key in ("ended", "curve", "pairs"))
+    if "env" in state:  # not if other processes than now played the games
         env.callmethod("set_state", state["env"])
         next_obs, next_done, last_obs = (state[k].to(device) for k in ("next_obs", "next_done", "last_obs"))
-        episode_return, ended, curve = np.array(state["episode_return"]), state["ended"], state["curve"]
-        pairs = [(z.to(device), action.to(device)) for z, action in state["pairs"]]
+        episode_return, normalize_reward.returns = (np.array(state[k]) for k in ("episode_return", "returns"))
 
     first_iteration = state.get("step", 0) // batch_size
     bar = {"total": num_iterations, "initial": first_iteration, "unit": "frame", "unit_scale": batch_size}
@@ -540,7 +615,7 @@ if __name__ == "__main__":
         b_advantages, b_returns, b_values = advantages.flatten(), returns.flatten(), values.flatten()
         logged = []
         for _ in range(args.update_epochs):
-            for mb in torch.randperm(batch_size, device=device).chunk(args.num_minibatches):
+            for mb in torch.randperm(T * E, device=device).chunk(args.num_minibatches):
                 mb_advantages = b_advantages[mb]
                 if args.norm_adv:
                     mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
@@ -549,6 +624,7 @@ if __name__ == "__main__":
                 loss, stats = ppo_loss(logits, newvalue, *batch, args)
                 optimizer.zero_grad()
                 loss.backward()
+                average(loss, agent.parameters())
                 logged.append(stats)
                 norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                 if not torch.isfinite(norm):
@@ -559,35 +635,40 @@ if __name__ == "__main__":
         step = (iteration + 1) * batch_size
         if args.sl and step <= refits[-1]:
             stream = torch.cat([last_obs[None], obs, next_obs[None]])  # (T + 2, E, 64, 64, 3)
-            pairs.append(label_rollout(idm, stream, torch.vstack([dones, next_done]), actions, autocast))
-            if step in refits:
-                accuracy = fit_decoder(agent.decoder, *map(torch.cat, zip(*pairs)), args)
+            found = label_rollout(idm, stream, torch.vstack([dones, next_done]), actions, autocast)
+            pairs += gathered(found)  # of all processes
+            if step in refits and RANK == 0:
+                accuracy = fit_decoder(agent.decoder, *(torch.cat(x).to(device) for x in zip(*pairs)), args)
                 run.writer.add_scalar("decoder/accuracy", accuracy, step)
-            pairs = pairs if step < refits[-1] else []  # of no use after the last fit
+            if step in refits:
+                fitted = {name: x.cpu() for name, x in agent.decoder.state_dict().items()}
+                agent.decoder.load_state_dict(gathered(fitted)[0])
+            pairs = pairs if RANK == 0 and step < refits[-1] else []  # of no use after the last fit
         last_obs = obs[-1].clone()
 
-        # logs
-        if ended:
-            curve.append((step, float(np.mean(ended[-100:]))))
-            run.writer.add_scalar("charts/episodic_return", curve[-1][1], step)
-            progress.set_postfix_str(f"return {curve[-1][1]:.2f}")
-        run.writer.add_scalar("charts/SPS", step / (time.time() - run.began), step)
-        for name, group in zip(("action_head", "value_head", "linear"), optimizer.param_groups):
-            run.writer.add_scalar(f"charts/learning_rate_{name}", group["lr"], step)
-        explained_variance = 1 - (b_returns - b_values).var() / b_returns.var()
-        names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance")
-        for name, value in zip(names, [*torch.stack(logged).mean(0), explained_variance]):
-            run.writer.add_scalar(f"losses/{name}", value.item(), step)
+        if RANK == 0:  # logs, of its games and minibatches
+            if ended:
+                curve.append((step, float(np.mean(ended[-100:]))))
+                run.writer.add_scalar("charts/episodic_return", curve[-1][1], step)
+                progress.set_postfix_str(f"return {curve[-1][1]:.2f}")
+            run.writer.add_scalar("charts/SPS", step / (time.time() - run.began), step)
+            for name, group in zip(("action_head", "value_head", "linear"), optimizer.param_groups):
+                run.writer.add_scalar(f"charts/learning_rate_{name}", group["lr"], step)
+            explained_variance = 1 - (b_returns - b_values).var() / b_returns.var()
+            names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance")
+            for name, value in zip(names, [*torch.stack(logged).mean(0), explained_variance]):
+                run.writer.add_scalar(f"losses/{name}", value.item(), step)
         if run.due() or iteration == num_iterations - 1:
-            saved = {"env": env.callmethod("get_state"), "next_obs": next_obs, "next_done": next_done}
-            saved |= {"episode_return": episode_return.tolist(), "ended": ended[-100:]}
-            run.save(step, **saved, curve=curve, last_obs=last_obs, pairs=pairs)
+            own = {"env": env.callmethod("get_state"), "next_obs": next_obs, "next_done": next_done}
+            own |= {"episode_return": episode_return.tolist(), "returns": normalize_reward.returns.tolist()}
+            run.save(step, own | {"last_obs": last_obs}, ended=ended[-100:], curve=curve, pairs=pairs)
 
     # returns of the agent, and of random play on the same levels
-    generator, n = torch.Generator(device).manual_seed(args.seed), args.eval_episodes
-    play = [make_env(args.env_id, min(E, n), *levels, args.seed + 1000) for _ in range(2)]
+    generator = torch.Generator(device).manual_seed(args.seed + RANK)
+    play = [make_env(args.env_id, min(E, n), *levels, args.seed + 1000 + RANK) for _ in range(2)]
     returns = evaluate(lambda obs, _: agent(agent.features(obs, autocast))[0], play[0], n, generator, run)
     at_random = evaluate(lambda obs, _: torch.zeros(len(obs), 15, device=device), play[1], n, generator, run)
+    returns, at_random, n = *(np.concatenate(gathered(x)) for x in (returns, at_random)), args.eval_episodes
     results = {"return_mean": float(returns.mean()), "return_stderr": float(returns.std(ddof=1) / n**0.5)}
     results |= {"episodes": n, "random_mean": float(at_random.mean()), "frames": num_iterations * batch_size}
     best, worst = data["demonstrator"]["return_mean"], at_random.mean()

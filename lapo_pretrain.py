@@ -12,6 +12,7 @@ where label files exist, a linear probe on test windows shows how well latents t
 Reads data/ENV_ID, writes RUNS_DIR/ENV_ID__lapo_pretrain__SEED/checkpoint.pt.
 """
 
+import atexit
 import json
 import os
 import shlex
@@ -21,11 +22,13 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
@@ -39,6 +42,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 FORMAT_VERSION = 4  # of checkpoints
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+tqdm = partial(tqdm, disable=RANK > 0)  # one bar, rank 0's
 
 
 @dataclass
@@ -155,8 +160,11 @@ class VQ(nn.Module):
         onehot = F.one_hot(index, self.K).float()  # (N, B*H, K)
         if self.training:
             with torch.no_grad():
-                self.ema_count.lerp_(onehot.sum(1), 1 - self.decay)
-                self.ema_sum.lerp_(onehot.mT @ x, 1 - self.decay)
+                sums = torch.cat([onehot.sum(1).unsqueeze(-1), onehot.mT @ x], dim=-1)  # (N, K, 1 + D)
+                if WORLD_SIZE > 1:  # over all processes: codebooks stay the same on all of them
+                    dist.all_reduce(sums)
+                self.ema_count.lerp_(sums[..., 0], 1 - self.decay)
+                self.ema_sum.lerp_(sums[..., 1:], 1 - self.decay)
                 total = self.ema_count.sum(-1, keepdim=True)
                 count = (self.ema_count + self.eps) / (total + self.K * self.eps) * total  # Laplace smoothing
                 self.codes.copy_(self.ema_sum / count.unsqueeze(-1))
@@ -294,6 +302,18 @@ def get_windows(frames, t, device):
     return torch.add(torch.tensor(-0.5, device=device), window.permute(0, 3, 1, 2), alpha=1 / 255)
 
 
+def average(loss, params):
+    """Averages the gradients over all processes, in place, and returns the mean loss: one all-reduce."""
+    loss, grads = loss.detach(), [p.grad for p in params if p.grad is not None]
+    if WORLD_SIZE > 1:
+        flat = torch.cat([loss.view(1), *(grad.flatten() for grad in grads)])
+        dist.all_reduce(flat)
+        loss, *means = (flat / WORLD_SIZE).split([1, *(grad.numel() for grad in grads)])
+        for grad, mean in zip(grads, means):
+            grad.copy_(mean.view(grad.shape))
+    return loss
+
+
 def choose_precision(args, device, step):
     """The autocast: as --[no-]bf16 says, else bfloat16 if step(), on a few samples, is faster in it here."""
 
@@ -310,7 +330,7 @@ def choose_precision(args, device, step):
     elif args.bf16 is None:
         ratio = speedup(lambda: torch.ones(256, 256) @ torch.ones(256, 256))
         ratio = speedup(step) if ratio > 0.2 else ratio  # 0.01: no instructions, a step would take minutes
-        args.bf16 = ratio > 1.1
+        args.bf16 = gathered(ratio > 1.1)[0]
         print(f"bfloat16: {ratio:.2g}× float32 on this machine (--bf16 or --no-bf16 forces one)")
     print(f"{args.env_id}: {device}, {'bfloat16' if args.bf16 else 'float32'}")
     return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
@@ -326,6 +346,56 @@ def write_whole(path, content):
     aside.rename(path)
 
 
+def gathered(x):
+    """The objects x of all processes, on all of them, by rank."""
+    found = [x] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(found, x)
+    return found
+
+
+def join_others():
+    """Joins the processes that torchrun started: gloo connects their CPUs, nccl their GPUs; one prints."""
+
+    def report(kind, error, trace):
+        if issubclass(kind, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error)):
+            print(f"error: rank {RANK} of {WORLD_SIZE} lost another: start them all again", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook, sys.stdout = report, sys.stdout if RANK == 0 else open(os.devnull, "w")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+    atexit.register(dist.destroy_process_group)
+
+
+def claim(folder, args):
+    """Makes a run folder this process's: returns its lock, and the state of a stopped run, if there is one.
+
+    Refuses a folder that is in use or finished, and a stopped run with other arguments or inputs.
+    """
+    lock, resume = FileLock(folder / ".lock"), folder / "resume.pt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except OSError as e:
+        sys.exit(f"error: {folder} is another process's, or read-only ({e}): wait, or try another --exp-name")
+    for name in ("results.json", "resume.pt") if args.overwrite else ():
+        (folder / name).unlink(missing_ok=True)
+    if (folder / "results.json").exists():
+        sys.exit(f"error: {folder} holds a finished run: --overwrite it, or try another --exp-name or --seed")
+    if not resume.exists():
+        return lock, {}
+    state = torch.load(resume, map_location="cpu", weights_only=True)
+    args.bf16 = state["args"]["bf16"] if args.bf16 is None else args.bf16
+    free = ("overwrite", "checkpoint_seconds", "allow_unfinished")
+    changed = {k: v for k, v in state["args"].items() if v != vars(args).get(k) and k not in free}
+    if changed:
+        sys.exit(f"error: {folder} began with {changed}: keep it, --overwrite, or new --exp-name")
+    return lock, state
+
+
 class Run:
     """The run folder RUNS_DIR/ENV_ID__EXP_NAME__SEED, one process at a time. Nothing of the method is here.
 
@@ -337,36 +407,27 @@ class Run:
         """A stopped run goes on with the same arguments and inputs, the identities of what it reads."""
         self.args, self.parts, self.state, self.signal = args, {}, {}, 0
         self.dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
-        self.lock, other = FileLock(self.dir / ".lock"), "choose another --exp-name or --seed"
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            self.lock.acquire(blocking=False)
-        except OSError as e:
-            sys.exit(f"error: {self.dir} is in another process's hands, or read-only ({e}): wait, or {other}")
-        for name in ("results.json", "resume.pt") if args.overwrite else ():
-            (self.dir / name).unlink(missing_ok=True)
-        if (self.dir / "results.json").exists():
-            sys.exit(f"error: {self.dir} holds a finished run: add --overwrite to replace it, or {other}")
-        args.inputs, free = list(inputs), ("overwrite", "checkpoint_seconds", "allow_unfinished")
-        if (self.dir / "resume.pt").exists():
-            self.state = torch.load(self.dir / "resume.pt", map_location="cpu", weights_only=True)
-            before = self.state["args"]
-            args.bf16 = before["bf16"] if args.bf16 is None else args.bf16
-            changed = {k: v for k, v in before.items() if v != vars(args).get(k) and k not in free}
-            if changed:
-                sys.exit(f"error: {self.dir} began with {changed}: keep to it, add --overwrite or {other}")
+        if WORLD_SIZE > 1:
+            join_others()
+        args.inputs = list(inputs)
+        if RANK == 0:
+            self.lock, self.state = claim(self.dir, args)
+        self.state, args.bf16 = gathered((self.state, args.bf16))[0]
         self.meta = {"format_version": FORMAT_VERSION, "stage": Path(__file__).stem, "env_id": args.env_id}
-        self.meta["command"] = "python " + shlex.join(arg for arg in sys.argv if arg != "--overwrite")
+        start = f"torchrun --nproc_per_node={WORLD_SIZE} " if WORLD_SIZE > 1 else "python "
+        self.meta["command"] = start + shlex.join(arg for arg in sys.argv if arg != "--overwrite")
         self.meta |= {"args": vars(args), "identity": self.state.get("identity", os.urandom(16).hex())}
         self.saved, self.began = time.time(), time.time() - self.state.get("seconds", 0.0)
-        self.writer = SummaryWriter(self.dir, purge_step=self.state.get("step", 0) + 1)
+        if RANK == 0:
+            self.writer = SummaryWriter(self.dir, purge_step=self.state.get("step", 0) + 1)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
         print(f"going on in {self.dir}, in the precision it began with" if self.state else f"run {self.dir}")
 
     def stop(self, number, frame):
         self.signal = number  # Ctrl-C or SIGTERM: the first asks for a save, a second ends the process
-        signal.signal(number, signal.SIG_DFL)
+        if WORLD_SIZE == 1:  # torchrun repeats signals by itself, and kills after 30 s
+            signal.signal(number, signal.SIG_DFL)
 
     def leave_if_stopped(self):
         if self.signal:
@@ -375,28 +436,44 @@ class Run:
 
     def restore(self, **parts):
         """Notes what to save, networks and optimizers; a stopped run's are loaded. Returns what was saved."""
-        self.parts = parts
-        if self.state:
-            for name, part in parts.items():
+        self.parts, ranks = parts, self.state.get("ranks", [])
+        for name, part in parts.items():
+            if self.state:
                 part.load_state_dict(self.state[name])
+            elif WORLD_SIZE > 1 and hasattr(part, "eval"):  # the same parameters and codebooks on all ranks
+                part.load_state_dict(gathered({key: x.cpu() for key, x in part.state_dict().items()})[0])
+        if len(ranks) == WORLD_SIZE:
+            self.state |= ranks[RANK]
             torch.set_rng_state(self.state["rng"][0])
             torch.cuda.set_rng_state_all(self.state["rng"][1:])
+        elif ranks or WORLD_SIZE > 1:  # every rank draws its own from here on
+            torch.manual_seed(self.args.seed + RANK + self.state.get("step", 0))
+            print(f"{WORLD_SIZE} processes" + f", not {len(ranks)} as before: not bit for bit" * bool(ranks))
         return self.state
 
     def due(self):
-        return self.signal or time.time() - self.saved > self.args.checkpoint_seconds
+        """Whether to save: it is time for a rank, or one was sent a signal. All ranks agree."""
+        due = torch.tensor([self.signal, time.time() - self.saved > self.args.checkpoint_seconds], dtype=int)
+        if WORLD_SIZE > 1:
+            dist.all_reduce(due, dist.ReduceOp.MAX)
+        self.signal = int(due[0])
+        return bool(due.any())
 
-    def save(self, step, **state):
-        """Saves the parts and `state`, tensors and plain values; then ends the process if it was stopped."""
+    def save(self, step, own=None, **state):
+        """Saves rank 0's parts and `state`, every rank's `own`; then ends the process if it was stopped."""
+        rng = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        state |= {"step": step, "ranks": gathered((own or {}) | {"rng": rng})}
         state |= {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"step": step, "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
-        self.writer.flush()
-        write_whole(self.dir / "resume.pt", self.meta | state | {"seconds": time.time() - self.began})
+        if RANK == 0:
+            self.writer.flush()
+            write_whole(self.dir / "resume.pt", self.meta | state | {"seconds": time.time() - self.began})
         self.saved = time.time()
         self.leave_if_stopped()
 
     def finish(self, **results):
         """Writes checkpoint.pt, then results.json: the results, and what they rest on."""
+        if RANK > 0:
+            return
         networks = {name: part.state_dict() for name, part in self.parts.items() if hasattr(part, "eval")}
         write_whole(self.dir / "checkpoint.pt", self.meta | networks)
         on_gpu, here = self.args.cuda and torch.cuda.is_available(), Path(__file__).resolve().parent
@@ -414,6 +491,8 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if min(args.num_updates, args.batch_size, args.eval_every, args.eval_windows // 2) < 1:
         sys.exit("error: --num-updates, --batch-size and --eval-every start at 1, --eval-windows at 2")
+    if args.batch_size % WORLD_SIZE:
+        sys.exit(f"error: --batch-size {args.batch_size} is no multiple of the {WORLD_SIZE} processes")
     data, frames, windows = load_dataset(args)
     run = Run(args, inputs=[data.get("identity")])
     run.meta["data"] = data
@@ -448,7 +527,7 @@ if __name__ == "__main__":
     for step in steps:
         lr = args.learning_rate * float(np.interp(step - 1, warmed_up, [0.1, 1.0, 0.01]))
         optimizer.param_groups[0]["lr"] = lr
-        t = windows["train"][torch.randint(len(windows["train"]), (args.batch_size,))]
+        t = windows["train"][torch.randint(len(windows["train"]), (args.batch_size // WORLD_SIZE,))]
         batch = get_windows(frames["train"], t, device)  # o_{t-1}, o_t, o_{t+1}
         with autocast:
             prediction, vq_loss, _, perplexity = predict(*networks, batch)
@@ -456,12 +535,13 @@ if __name__ == "__main__":
         loss = fdm_loss + vq_loss
         optimizer.zero_grad()
         loss.backward()
+        loss = average(loss, params)
         grad_norm = nn.utils.clip_grad_norm_(params, args.max_grad_norm)
         if not torch.isfinite(loss + grad_norm):
             sys.exit(f"error: loss {loss.item()} at update {step}: lower --learning-rate, or try --no-bf16")
         optimizer.step()
 
-        if step % 50 == 0 or step == 1:
+        if RANK == 0 and (step % 50 == 0 or step == 1):
             losses = {"fdm_loss": fdm_loss, "vq_loss": vq_loss, "grad_norm": grad_norm}
             losses["copy_last_frame_loss"] = F.mse_loss(batch[:, 3:6], batch[:, 6:])  # what the FDM must beat
             for name, value in losses.items():
@@ -470,7 +550,7 @@ if __name__ == "__main__":
                 run.writer.add_scalar(f"codebook/perplexity_{n}", value, step)
             run.writer.add_scalar("charts/learning_rate", lr, step)
             run.writer.add_scalar("charts/SPS", step * args.batch_size / (time.time() - run.began), step)
-        if step % args.eval_every == 0 or step == args.num_updates:
+        if RANK == 0 and (step % args.eval_every == 0 or step == args.num_updates):
             modules.eval()
             test, z = measure(*networks, frames["test"], t_test, device, autocast)
             if actions is not None:
@@ -483,5 +563,5 @@ if __name__ == "__main__":
         if run.due() or step == args.num_updates:
             run.save(step, curve=curve)
 
-    run.finish(**curve[-1], curve=curve)
+    run.finish(**(curve or [{}])[-1], curve=curve)
     print(f"next: python lapo_bc.py --env-id {args.env_id} --runs-dir {args.runs_dir}; or lapo_inspect.py")

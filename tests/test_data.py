@@ -158,7 +158,7 @@ def test_meta_describes_the_dataset(pipeline):
     split, stored = meta["splits"]["test"], load(pipeline.data / "test")
     E, arrays = split["num_envs"], (getattr(stored, name) for name in ARRAYS[:4])
     frames, first, actions, rewards = (x.reshape(E, -1, *x.shape[1:]) for x in arrays)
-    env = collect.make_env(ENV_ID, E, split["num_levels"], split["start_level"], split["seed"])
+    env = collect.make_env(ENV_ID, E, split["num_levels"], split["start_level"], *split["seeds"])
     for t in range(frames.shape[1]):
         _, obs, began = env.observe()
         assert np.array_equal(obs["rgb"], frames[:, t]) and np.array_equal(began, first[:, t])
