@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -131,31 +131,58 @@ class LatentPolicy(nn.Module):
         return self.head(self.network(obs.permute(0, 3, 1, 2).float() / 255 - 0.5)).float()
 
 
+class Frames:
+    """A split's frames (N, 64, 64, 3) in the frames.npy of its shards, each mapped when first asked for."""
+
+    def __init__(self, folders, lengths):
+        self.folders, self.starts = folders, np.cumsum([0, *lengths])
+        self.open = lru_cache(256)(lambda s: np.load(folders[s] / "frames.npy", mmap_mode="r"))
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def __getitem__(self, t):
+        """Rows t, an array of integers of any shape (...) -> (..., 64, 64, 3) uint8."""
+        if len(self.folders) == 1:
+            return self.open(0)[t]
+        t = np.asarray(t)
+        shards = np.searchsorted(self.starts, t, side="right") - 1
+        rows = np.empty((*t.shape, 64, 64, 3), dtype=np.uint8)
+        for s in np.unique(shards):
+            rows[shards == s] = self.open(s)[t[shards == s] - self.starts[s]]
+        return rows
+
+    def labels(self, name):
+        """actions, rewards or returns (N,) of all shards. Raises OSError where there are none."""
+        return np.concatenate([np.load(folder / f"{name}.npy", mmap_mode="r") for folder in self.folders])
+
+
 def load_dataset(args):
-    """meta.json of a dataset, frames {split: (N, 64, 64, 3) uint8}, memory-mapped, and windows {split: t}."""
+    """meta.json of a dataset (of its first shard), Frames {split: (N, 64, 64, 3)} and windows {split: t}."""
     data_dir, frames, windows = Path(args.data_dir or f"data/{args.env_id}"), {}, {}
+    shards = sorted(data_dir.glob("shard-*")) or [data_dir]
     try:
-        meta = json.loads((data_dir / "meta.json").read_text())
+        metas = [json.loads((shard / "meta.json").read_text()) for shard in shards]
         for split in ("train", "test"):
-            frames[split] = np.load(data_dir / split / "frames.npy", mmap_mode="r")
-            first = np.load(data_dir / split / "first.npy")
+            firsts = [np.load(shard / split / "first.npy") for shard in shards]
+            frames[split] = Frames([shard / split for shard in shards], list(map(len, firsts)))
             # t-1, t, t+1 lie in one episode: a frame with first=True belongs to the new one
-            windows[split] = np.flatnonzero(~first[1:-1] & ~first[2:]) + 1
-            found = meta["env_id"], frames[split].shape, str(frames[split].dtype)
-            if found != (args.env_id, (len(first), 64, 64, 3), "uint8") or len(windows[split]) < 2:
-                raise ValueError(f"{split} is {found}, {len(windows[split])} windows")
+            t = [np.flatnonzero(~first[1:-1] & ~first[2:]) + 1 for first in firsts]
+            windows[split] = np.concatenate([t + start for t, start in zip(t, frames[split].starts)])
+            for s, (meta, first) in enumerate(zip(metas, firsts)):  # of files their heads alone
+                found = meta["env_id"], (x := frames[split].open(s)).shape, str(x.dtype)
+                if found != (args.env_id, (len(first), 64, 64, 3), "uint8") or len(windows[split]) < 2:
+                    raise ValueError(f"{shards[s] / split} is {found}, {len(windows[split])} windows")
     except (OSError, ValueError, TypeError, KeyError) as e:
         again = f"`python collect_expert_data.py --env-id {args.env_id}` makes one, --data-dir names another"
         sys.exit(f"error: {data_dir} is no whole dataset of {args.env_id} ({e}): {again}")
-    return meta, frames, windows
+    return metas[0] | {"identity": "+".join(meta.get("identity", "") for meta in metas)}, frames, windows
 
 
 def get_windows(frames, t, device):
     """Windows around t (B,): o_{t-1}, o_t, o_{t+1} as (B, 9, 64, 64) in [-0.5, 0.5], channels-last."""
-    # frames t-1, t, t+1 lie side by side: in a view that overlaps itself a window is one copy of 36 KB
-    strides = (frames.strides[0], *frames.strides)
-    triples = np.lib.stride_tricks.as_strided(frames, (len(frames) - 2, 3, 64, 64, 3), strides)
-    window = torch.cat(torch.from_numpy(triples[t - 1]).to(device).unbind(1), dim=-1)  # (B, 64, 64, 9) uint8
+    triples = torch.from_numpy(frames[t[:, None] + np.arange(-1, 2)]).to(device)  # (B, 3, 64, 64, 3) uint8
+    window = torch.cat(triples.unbind(1), dim=-1)  # (B, 64, 64, 9) uint8
     return torch.add(torch.tensor(-0.5, device=device), window.permute(0, 3, 1, 2), alpha=1 / 255)
 
 
@@ -289,7 +316,7 @@ class Run:
             self.lock, self.state = claim(self.dir, args)
         self.state, args.bf16 = gathered((self.state, args.bf16))[0]
         self.meta = {"format_version": FORMAT_VERSION, "stage": Path(__file__).stem, "env_id": args.env_id}
-        start = f"torchrun --nproc_per_node={WORLD_SIZE} " if WORLD_SIZE > 1 else "python "
+        start = f"torchrun --standalone --nproc_per_node={WORLD_SIZE} " if WORLD_SIZE > 1 else "python "
         self.meta["command"] = start + shlex.join(arg for arg in sys.argv if arg != "--overwrite")
         self.meta |= {"args": vars(args), "identity": self.state.get("identity", os.urandom(16).hex())}
         self.saved, self.began = time.time(), time.time() - self.state.get("seconds", 0.0)

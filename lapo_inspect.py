@@ -109,11 +109,10 @@ def rollout(fdm, before, now, z):
     return torch.stack(predictions, dim=1)
 
 
-def load_labels(args, t):
+def load_labels(frames, t):
     """The true actions {split: (n,)} at t {split: (n,)}; {} where there are no label files."""
-    data_dir = Path(args.data_dir or f"data/{args.env_id}")
     try:
-        return {split: np.load(data_dir / split / "actions.npy", mmap_mode="r")[t[split]] for split in t}
+        return {split: frames[split].labels("actions")[t[split]] for split in t}
     except FileNotFoundError:
         return {}
 
@@ -397,7 +396,7 @@ if __name__ == "__main__":
 
     # 1. latents and their groups
     t = {split: np.sort(rng.permutation(windows[split])[: args.eval_windows]) for split in windows}
-    labels = load_labels(args, t)
+    labels = load_labels(frames, t)
     encoded = {split: encode(idm, vq, frames[split], t[split], device) for split in t}
     _, latents, codes = encoded["test"]
     group, chosen = group_latents(latents, args.num_groups, args.seed)

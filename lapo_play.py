@@ -197,7 +197,7 @@ if __name__ == "__main__":
     print(f"looking at {len(t)} windows ...", flush=True)
     z, quantised, _ = encode(idm, vq, frames["train"], t, "cpu")
     group, chosen = group_latents(quantised, args.num_groups, args.seed)
-    labels = load_labels(args, {"train": t[: args.num_labels]}) if args.num_labels else {}
+    labels = load_labels(frames, {"train": t[: args.num_labels]}) if args.num_labels else {}
     share, names = np.bincount(group) / len(t), [""] * len(chosen)
     # what a key does: the dream's latent, the real game's action or None, and its name
     keys = {("group", g): (quantised[i], None, f"group {g + 1}") for g, i in enumerate(chosen)}

@@ -113,7 +113,7 @@ if __name__ == "__main__":
     pretrained = load_checkpoint(path, "lapo_pretrain", ["idm", "vq", "fdm"], args)
     networks = build_networks(pretrained["args"], "cpu", pretrained)
     t = np.sort(np.random.default_rng(0).permutation(windows["test"])[:2048])
-    labels = load_labels(args, {"test": t}).get("test")
+    labels = load_labels(frames, {"test": t}).get("test")
 
     fig = plt.figure(figsize=(17, 14), layout="constrained")
     levels = f"{data['num_levels']} levels" if data["num_levels"] else "all levels"

@@ -146,7 +146,32 @@ def test_no_window_crosses_an_episode(tmp_path, pipeline):
         first = np.load(pipeline.data / split / "first.npy")
         assert windows[split].tolist() == slow_windows(first.tolist())
         assert 0 < len(windows[split]) < len(first) - 2
-        assert isinstance(frames[split], np.memmap) and len(frames[split]) == len(first)
+        assert isinstance(frames[split].open(0), np.memmap) and len(frames[split]) == len(first)
+
+
+def test_shards(tmp_path, pipeline):
+    """A dataset cut into shards has the whole's frames, windows and labels, but for windows over a cut."""
+    whole = pretrain.load_dataset(SimpleNamespace(env_id=ENV_ID, data_dir=pipeline.data))
+    cuts = {"train": [0, 700, 703, 2000], "test": [0, 130, 260, 400]}
+    for s in range(3):
+        for split in cuts:
+            (tmp_path / f"shard-{s}" / split).mkdir(parents=True)
+            for name in ARRAYS:
+                rows = np.load(pipeline.data / split / f"{name}.npy")[cuts[split][s] : cuts[split][s + 1]]
+                np.save(tmp_path / f"shard-{s}" / split / f"{name}.npy", rows)
+        (tmp_path / f"shard-{s}" / "meta.json").write_text(json.dumps(whole[0] | {"identity": f"{s}"}))
+    meta, frames, windows = pretrain.load_dataset(SimpleNamespace(env_id=ENV_ID, data_dir=tmp_path))
+    assert meta["identity"] == "0+1+2"
+    for split in cuts:
+        over = {t for cut in cuts[split][1:-1] for t in (cut - 1, cut)}
+        t = np.array([t for t in whole[2][split] if t not in over])
+        assert windows[split].tolist() == t.tolist() and len(frames[split]) == cuts[split][-1]
+        t = np.random.default_rng(0).permutation(t)[:200]
+        assert np.array_equal(frames[split][t], whole[1][split][t])
+        got = (pretrain.get_windows(found[split], t, "cpu") for found in (frames, whole[1]))
+        assert torch.equal(*got) and np.array_equal(frames[split][t[0]], whole[1][split][t[0]])
+        actions = (found[split].labels("actions") for found in (frames, whole[1]))
+        assert np.array_equal(*actions)
 
 
 def test_meta_describes_the_dataset(pipeline):
