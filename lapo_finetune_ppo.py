@@ -662,6 +662,7 @@ if __name__ == "__main__":
             own = {"env": env.callmethod("get_state"), "next_obs": next_obs, "next_done": next_done}
             own |= {"episode_return": episode_return.tolist(), "returns": normalize_reward.returns.tolist()}
             run.save(step, own | {"last_obs": last_obs}, ended=ended[-100:], curve=curve, pairs=pairs)
+    env.close()
 
     # returns of the agent, and of random play on the same levels
     generator = torch.Generator(device).manual_seed(args.seed + RANK)

@@ -160,7 +160,7 @@ def merge(path, keys, values, new):
         return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in key]
 
     with path.open("w", newline="") as f:
-        writer = csv.DictWriter(f, [*keys, *values], lineterminator="\n")
+        writer = csv.DictWriter(f, [*keys, *values], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows[key] for key in sorted(rows, key=order))
     return len(rows)

@@ -1,6 +1,7 @@
 """Shared by the tests: the stages as modules, toy flags, ways to run a script, one toy run of all stages."""
 
 import contextlib
+import gc
 import hashlib
 import importlib
 import io
@@ -153,6 +154,7 @@ def inline(cwd, script, *flags):
             for end in ends:
                 with contextlib.suppress(OSError):  # on a full disk
                     end()
+            gc.collect()  # closes Procgen's games here: while others are opened it would wait for itself
 
 
 def refusal(cwd, script, *flags):

@@ -128,7 +128,7 @@ def test_one_ranks_nan_stops_all(data, tmp_path):
 def test_a_rank_that_dies(data, tmp_path):
     """kill -9 of one: the other ends within a minute with one sentence; the same command finishes."""
     link_tree(data[0] / "data", tmp_path / "data")
-    flags = [*TOY["lapo_pretrain"], "--num-updates", "100"]
+    flags = [*TOY["lapo_pretrain"], "--num-updates", "40"]
     processes = launch("lapo_pretrain", *flags, *NOW, cwd=tmp_path)
     while not (tmp_path / run_dir("lapo_pretrain") / "resume.pt").exists():
         assert processes[0].poll() is None
