@@ -72,6 +72,7 @@ class Args:
     learning_rate: float = 3e-4  # Adam's peak rate: from 0.1x to 1x over the warm-up, then linearly to 0.01x
     warmup_updates: int = 50  # length of the warm-up
     max_grad_norm: float = 2.0  # the maximum norm of the gradient
+    sync_batch_norm: bool = False  # batch statistics over all processes' GPUs, not over each one's share
     eval_every: int = 1000  # updates between evaluations on test windows
     eval_windows: int = 2048  # test windows in an evaluation
     # run
@@ -518,6 +519,8 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if min(args.num_updates, args.batch_size, args.eval_every, args.eval_windows // 2) < 1:
         sys.exit("error: --num-updates, --batch-size and --eval-every start at 1, --eval-windows at 2")
+    if args.sync_batch_norm and not (args.cuda and torch.cuda.is_available()):
+        sys.exit("error: --sync-batch-norm needs GPUs, and here is none: leave it out")
     if args.batch_size % WORLD_SIZE:
         sys.exit(f"error: --batch-size {args.batch_size} is no multiple of the {WORLD_SIZE} processes")
     data, frames, windows = load_dataset(args)
@@ -532,6 +535,7 @@ if __name__ == "__main__":
     vq_sizes = args.vq_num_codebooks, args.vq_num_slots, args.vq_dim, args.vq_num_codes
     vq = VQ(*vq_sizes, args.vq_commitment, args.vq_decay).to(device)
     fdm = FDM(latent_dim, args.fdm_width, args.predict_change, args.patch_size)
+    fdm = nn.SyncBatchNorm.convert_sync_batchnorm(fdm) if args.sync_batch_norm else fdm
     fdm = fdm.to(device, memory_format=torch.channels_last)
     networks, modules = (idm, vq if args.vq else None, fdm), nn.ModuleList([idm, vq, fdm])
     params = [*idm.parameters(), *fdm.parameters()]  # codebooks move by themselves

@@ -91,6 +91,7 @@ def test_bad_datasets(refuse, work):
         ("ppo_procgen", "--num-envs 0"),
         ("collect_expert_data", "--num-test-frames 47"),
         ("lapo_pretrain", "--eval-windows 1"),
+        ("lapo_pretrain", "--sync-batch-norm"),
         ("lapo_bc", "--batch-size 0"),
         ("lapo_decode", "--num-labels 32 3000"),
         ("lapo_decode", "--num-labels 0 32"),
