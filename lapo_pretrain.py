@@ -53,7 +53,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # the run folder is RUNS_DIR/ENV_ID__EXP_NAME__SEED
     seed: int = 1  # seed of the experiment
     # data
-    data_dir: str | None = None  # the dataset of collect_expert_data.py; default data/ENV_ID
+    data_dir: str | None = None  # the dataset, one folder or A:B:C; default data/ENV_ID
     # method
     idm_scale: float = 4.0  # width of the IDM's IMPALA-CNN: 16, 32, 32 channels times this
     fdm_width: int = 24  # base width of the FDM's U-Net
@@ -303,8 +303,9 @@ class Frames:
 
 def load_dataset(args):
     """meta.json of a dataset (of its first shard), Frames {split: (N, 64, 64, 3)} and windows {split: t}."""
-    data_dir, frames, windows = Path(args.data_dir or f"data/{args.env_id}"), {}, {}
-    shards = sorted(data_dir.glob("shard-*")) or [data_dir]
+    data_dir, frames, windows = str(args.data_dir or f"data/{args.env_id}"), {}, {}
+    folders = map(Path, data_dir.split(os.pathsep))  # one, or several: /disk1/coinrun:/disk2/coinrun
+    shards = [shard for folder in folders for shard in sorted(folder.glob("shard-*")) or [folder]]
     try:
         metas = [json.loads((shard / "meta.json").read_text()) for shard in shards]
         for split in ("train", "test"):

@@ -160,7 +160,10 @@ def test_shards(tmp_path, pipeline):
                 rows = np.load(pipeline.data / split / f"{name}.npy")[cuts[split][s] : cuts[split][s + 1]]
                 np.save(tmp_path / f"shard-{s}" / split / f"{name}.npy", rows)
         (tmp_path / f"shard-{s}" / "meta.json").write_text(json.dumps(whole[0] | {"identity": f"{s}"}))
-    meta, frames, windows = pretrain.load_dataset(SimpleNamespace(env_id=ENV_ID, data_dir=tmp_path))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "shard-2").rename(tmp_path / "other" / "shard-2")
+    folders = SimpleNamespace(env_id=ENV_ID, data_dir=f"{tmp_path}:{tmp_path}/other")
+    meta, frames, windows = pretrain.load_dataset(folders)
     assert meta["identity"] == "0+1+2"
     for split in cuts:
         over = {t for cut in cuts[split][1:-1] for t in (cut - 1, cut)}
