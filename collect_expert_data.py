@@ -3,6 +3,7 @@
 An agent of ppo_procgen.py plays. The frames lie apart from the labels, which LAPO's pretraining never reads.
 
     python collect_expert_data.py --env-id bossfight                                       # the paper's scale
+    torchrun --standalone --nproc_per_node=8 collect_expert_data.py --env-id bossfight   # 8 GPUs
     python collect_expert_data.py --env-id coinrun --expert-checkpoint experts/coinrun.pt  # a shipped agent
 Writes the returns that the agent got to RUNS_DIR/ENV_ID__collect_expert_data__SEED, and in data/ENV_ID
     meta.json                  game, levels, counts, seeds, the demonstrator's mean return, arguments

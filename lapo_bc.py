@@ -5,6 +5,7 @@ quantisation; a policy that sees o_t alone learns to predict it. No true action 
     loss    MSE(pi(o_t), IDM(o_{t-1}, o_t, o_{t+1}))
 
     python lapo_bc.py --env-id bossfight                                      # the paper's scale
+    torchrun --standalone --nproc_per_node=8 lapo_bc.py --env-id bossfight   # 8 GPUs
     python lapo_bc.py --env-id coinrun --num-updates 500 --policy-scale 1     # toy
 Reads data/ENV_ID and RUNS_DIR/ENV_ID__lapo_pretrain__SEED/checkpoint.pt,
 writes RUNS_DIR/ENV_ID__lapo_bc__SEED/checkpoint.pt: the policy, and the IDM for the next stages.

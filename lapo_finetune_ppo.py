@@ -5,6 +5,7 @@
     --no-sl           the action head alone: the paper's "RL, no SL", or after --no-vq its "no VQ"
 
     python lapo_finetune_ppo.py --env-id bossfight                                # the paper's scale
+    torchrun --standalone --nproc_per_node=8 lapo_finetune_ppo.py --env-id bossfight   # 8 GPUs
     python lapo_finetune_ppo.py --env-id coinrun --total-timesteps 245760         # toy
 Reads RUNS_DIR/ENV_ID__lapo_bc__SEED/checkpoint.pt, writes RUNS_DIR/ENV_ID__EXP_NAME__SEED/checkpoint.pt.
 """

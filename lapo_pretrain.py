@@ -8,6 +8,7 @@ z_t has to say what the past does not: what the demonstrator did. No action or r
 where label files exist, a linear probe on test windows shows how well latents tell the action.
 
     python lapo_pretrain.py --env-id bossfight                                             # the paper's scale
+    torchrun --standalone --nproc_per_node=8 lapo_pretrain.py --env-id bossfight   # 8 GPUs
     python lapo_pretrain.py --env-id coinrun --num-updates 500 --idm-scale 1               # toy
 Reads data/ENV_ID, writes RUNS_DIR/ENV_ID__lapo_pretrain__SEED/checkpoint.pt.
 """

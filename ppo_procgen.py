@@ -2,6 +2,7 @@
 paper's baseline "PPO from scratch" (section 6.1).
 
     python ppo_procgen.py --env-id bossfight                                      # the paper's scale
+    torchrun --standalone --nproc_per_node=8 ppo_procgen.py --env-id bossfight   # 8 GPUs
     python ppo_procgen.py --env-id coinrun --scale 0.5 --total-timesteps 500000   # toy
     python ppo_procgen.py --env-id bossfight --exp-name ppo_from_scratch --scale 4 --num-steps 64
         --ent-coef 0.0025 --total-timesteps 4000000           # the baseline to lapo_finetune_ppo.py
