@@ -223,9 +223,9 @@ def fit_lapo(policy, x, mean, std, obs, actions, args, autocast):
     how = args.decoder_updates, args.decoder_learning_rate, 512
     fit(decoder, x, actions, *how, args, torch.autocast(x.device.type, enabled=False))  # in float32
     decoded = DecodedPolicy(copy.deepcopy(policy), decoder, args.finetune)
-    return (
-        fit_policy(decoded.requires_grad_(True), obs, actions, args, autocast) if args.finetune else decoded
-    )
+    if args.finetune:
+        fit_policy(decoded.requires_grad_(True), obs, actions, args, autocast)
+    return decoded
 
 
 def mean_and_stderr(returns):
@@ -512,9 +512,7 @@ class Run:
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if WORLD_SIZE > 1:
-        sys.exit(
-            "error: decoding trains small networks, one process does: `python lapo_decode.py`, no torchrun"
-        )
+        sys.exit("error: decoding trains small networks in one process: `python lapo_decode.py`, no torchrun")
     counts = args.num_draws - 1, args.eval_episodes, args.num_envs, args.policy_batch_size
     if min(*counts, args.decoder_updates, args.cloning_updates) < 1 or not args.temperature > 0:
         least = "--num-draws 2, --eval-episodes, --num-envs, --policy-batch-size and all updates 1"
@@ -522,6 +520,8 @@ if __name__ == "__main__":
     default = f"{args.runs_dir}/{args.env_id}__lapo_bc__{args.seed}/checkpoint.pt"
     cloned = load_checkpoint(args.bc_checkpoint or default, "lapo_bc", ["policy", "idm"], args)
     data, frames, windows = load_dataset(args)
+    if not data.get("demonstrator"):
+        sys.exit("error: the dataset's meta.json has no demonstrator, the score to compare with: add it")
     frames, windows, demonstrator = frames["train"], windows["train"], data["demonstrator"]
     path = frames.folders[0] / "actions.npy"
     try:
