@@ -8,7 +8,10 @@ PYTHON3 ?= python3
 BIN := $(if $(VIRTUAL_ENV)$(CONDA_PREFIX),,.venv/bin/)
 STAMP := $(if $(BIN),.venv/.installed,.installed)
 
-.PHONY: quickstart pictures test lint format clean
+.PHONY: first quickstart pictures test lint format clean
+
+first: $(STAMP)  ## clean latents of a small world, in two minutes
+	PYTHON=$(BIN)python SEED=$(SEED) ./quickstart.sh FrozenLake-v1
 
 quickstart: $(STAMP)  ## the whole of LAPO, small, on two CPU cores (about 10 minutes)
 	PYTHON=$(BIN)python SEED=$(SEED) ./quickstart.sh $(ENV_ID)

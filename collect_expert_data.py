@@ -1,10 +1,11 @@
 """LAPO, stage 1: videos of a demonstrator, which LAPO learns from (paper section 5, "Setup").
 
-An agent of ppo_procgen.py plays. The frames lie apart from the labels, which LAPO's pretraining never reads.
+An agent of ppo_procgen.py plays, or a rule. Frames lie apart from labels, which pretraining never reads.
 
     python collect_expert_data.py --env-id bossfight                                       # the paper's scale
     torchrun --standalone --nproc_per_node=8 collect_expert_data.py --env-id bossfight   # 8 GPUs
     python collect_expert_data.py --env-id coinrun --expert-checkpoint experts/coinrun.pt  # a shipped agent
+    python collect_expert_data.py --env-id FrozenLake-v1 --demonstrator value_iteration    # a small world
 Writes the returns that the agent got to RUNS_DIR/ENV_ID__collect_expert_data__SEED, and in data/ENV_ID
     meta.json                  game, levels, counts, seeds, the demonstrator's mean return, arguments
     {train,test}/frames.npy    (N, 64, 64, 3) uint8, consecutive in time
@@ -26,19 +27,20 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
 
-import gym_notices.notices
+import gymnasium
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import tyro
 from filelock import FileLock
+from gymnasium.envs.toy_text.frozen_lake import generate_random_map
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-
-gym_notices.notices.notices.clear()  # else procgen's import of gym prints four lines about gym's future
-from procgen import ProcgenGym3Env  # noqa: E402
 
 FORMAT_VERSION = 4  # of checkpoints
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
@@ -48,11 +50,14 @@ tqdm = partial(tqdm, disable=RANK > 0)  # one bar, rank 0's
 @dataclass
 class Args:
     # what
-    env_id: str = "bossfight"  # the Procgen game, one of the 16
+    env_id: str = "bossfight"  # one of Procgen's 16 games, or a gymnasium world that draws itself
     exp_name: str = Path(__file__).stem  # the run folder is RUNS_DIR/ENV_ID__EXP_NAME__SEED
     seed: int = 1  # seed of the experiment
     # data
     data_dir: str | None = None  # where the dataset goes; default data/ENV_ID
+    demonstrator: Literal["ppo", "value_iteration", "linear_rule"] = "ppo"
+    """who plays: PPO's agent, on FrozenLake-v1 also value_iteration, on CartPole-v1 linear_rule"""
+    num_levels: int = 0  # number of levels that a rule plays, 0: all; an agent plays those of its training
     expert_checkpoint: str | None = None  # default: RUNS_DIR/ENV_ID__ppo_procgen__SEED/checkpoint.pt
     allow_unfinished: bool = False  # take the checkpoint of an unfinished run, too
     # method
@@ -106,7 +111,7 @@ class ImpalaCNN(nn.Module):
 
 
 class Agent(nn.Module):
-    """PPO's actor-critic on an IMPALA-CNN. Observations are (B, 64, 64, 3) uint8, as Procgen gives them."""
+    """PPO's actor-critic on an IMPALA-CNN: (B, 64, 64, 3) uint8 -> logits (B, A), values (B,)."""
 
     def __init__(self, scale, patch_size=1, num_actions=15):
         super().__init__()
@@ -120,7 +125,26 @@ class Agent(nn.Module):
     def forward(self, obs):
         # HWC memory seen as (B, 3, 64, 64) is channels-last already: no copy
         hidden = self.network(obs.permute(0, 3, 1, 2).float() / 255 - 0.5)
-        return self.actor(hidden).float(), self.critic(hidden).float().squeeze(-1)  # (B, 15), (B,)
+        return self.actor(hidden).float(), self.critic(hidden).float().squeeze(-1)  # (B, A), (B,)
+
+
+def value_iteration(world, rng):
+    """A move on FrozenLake: the shortest way's, or one in five times any safe one; back only if it must."""
+    lake = world.unwrapped
+    if not hasattr(lake, "q"):  # a new map
+        p, new, r, _ = np.moveaxis([[lake.P[s][a] for a in range(4)] for s in lake.P], -1, 0)  # (S, A, 1)
+        lake.q, lake.new, lake.before = np.zeros((len(lake.P), 4)), new[..., 0].astype(int), None
+        for _ in lake.P:
+            lake.q = (p * (r + 0.95 * lake.q.max(1)[new.astype(int)])).sum(-1)
+    q = np.where(lake.new[lake.s] == lake.s, 0, lake.q[lake.s])  # (4,), 0: into a wall or a hole
+    ahead = np.where(lake.new[lake.s] == lake.before, 0, q)
+    q, lake.before = ahead if ahead.any() else q, lake.s
+    return rng.choice(np.flatnonzero(q)) if q.any() and rng.random() < 0.2 else q.argmax()
+
+
+def linear_rule(world, rng):
+    """An action on CartPole: push to where the pole falls."""
+    return int(np.dot([0.05, 0.1, 1.0, 0.5], world.unwrapped.state) > 0)
 
 
 def mean_and_stderr(returns):
@@ -129,10 +153,92 @@ def mean_and_stderr(returns):
     return {"return_mean": float(np.mean(returns)), "return_stderr": float(stderr)}
 
 
+class Worlds:
+    """Gymnasium worlds with discrete actions, in step, with the interface of Procgen's games: seen as drawn.
+
+    An episode has a key, which gives its level, that is the seed of its reset, and the key of the next one. A
+    world's state is the key and the actions since. On FrozenLake a level is a map; one starts anywhere there.
+    An episode's last picture is shown as well: the action taken on it only begins the next one.
+    """
+
+    def __init__(self, env_id, num, num_levels, start_level, seed):
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # opens no window
+        self.make = partial(gymnasium.make, env_id, render_mode="rgb_array", disable_env_checker=True)
+        self.num, self.start_level, self.num_levels = num, start_level, num_levels or 2**31 - 1 - start_level
+        self.envs, self.past, self.lakes = [self.make() for _ in range(num)], [[]] * num, "Lake" in env_id
+        self.reward, self.over, self.first = np.zeros(num), np.zeros(num, bool), np.ones(num, bool)
+        self.num_actions = int(self.envs[0].action_space.n)
+        self.callmethod("set_state", np.random.default_rng(seed).integers(2**62, size=(num, 1)).tolist())
+
+    def begin(self, e, key, *actions):
+        self.past[e], level = [key, *actions], self.start_level + key % self.num_levels
+        if self.lakes:
+            rows = np.rot90([list(row) for row in generate_random_map(4, seed=level)], level)
+            self.envs[e] = self.make(desc=["".join(row) for row in rows], is_slippery=False)
+        self.envs[e].reset(seed=level)
+        if self.lakes:  # some safe steps away from the start
+            lake, rng = self.envs[e].unwrapped, np.random.default_rng(key)
+            lake.window_size, lake.cell_size = (128, 128), (32, 32)  # half of its own: drawn faster
+            for _ in range(rng.integers(16)):
+                ahead = [new for ((_, new, *_),) in lake.P[lake.s].values()]
+                lake.s = rng.choice([s for s in ahead if lake.desc.flat[s] in b"SF"])
+        self.over[e] = any([any(self.envs[e].step(action)[2:4]) for action in actions])
+
+    def act(self, actions):
+        for e, action in enumerate(actions.tolist()):
+            self.first[e], self.reward[e] = self.over[e], 0
+            if self.over[e]:
+                self.begin(e, int(np.random.default_rng(self.past[e][0]).integers(2**62)))
+            else:
+                self.past[e].append(action)
+                _, self.reward[e], *ends, _ = self.envs[e].step(action)
+                self.over[e] = any(ends)
+
+    def observe(self):
+        pictures = [Image.fromarray(env.render()).resize((64, 64), Image.BOX) for env in self.envs]
+        return self.reward.copy(), {"rgb": np.stack(pictures)}, self.first.copy()
+
+    def callmethod(self, name, states=()):
+        for e, state in enumerate(states):  # set_state
+            self.begin(e, *state)
+        return [list(past) for past in self.past]  # get_state
+
+    def close(self):
+        pass  # theirs end pygame, for others too
+
+
 def make_env(env_id, num_envs, num_levels, start_level, seed):
-    """Procgen, easy: act(actions), observe() -> reward (E,), {"rgb": (E, 64, 64, 3) uint8}, first (E,)."""
-    levels = {"distribution_mode": "easy", "num_levels": num_levels, "start_level": start_level}
-    return ProcgenGym3Env(num_envs, env_id, rand_seed=seed, num_threads=min(4, os.cpu_count()), **levels)
+    """E games: act(actions), observe() -> reward (E,), {"rgb": (E, 64, 64, 3) uint8}, first (E,).
+
+    Procgen, easy, is procgen's up to Python 3.12, then procgen-gym's: the same games, without gym and gym3.
+    """
+    levels = {"num_levels": num_levels, "start_level": start_level}
+    if env_id in gymnasium.registry:
+        return Worlds(env_id, num_envs, seed=seed, **levels)
+    if sys.version_info < (3, 13):
+        import gym_notices.notices
+
+        gym_notices.notices.notices.clear()  # else the next import prints four lines about gym's future
+        from procgen import env as procgen
+    else:
+        from procgen_gym import env as procgen
+    if env_id not in procgen.ENV_NAMES:
+        worlds = f"{', '.join(procgen.ENV_NAMES)}, or a world of gymnasium"
+        sys.exit(f"error: --env-id {env_id} is nothing to play: choose {worlds}")
+    levels |= {"distribution_mode": "easy", "rand_seed": seed, "num_threads": min(4, os.cpu_count())}
+    if sys.version_info < (3, 13):
+        env = procgen.ProcgenGym3Env(num_envs, env_id, **levels)
+    else:  # with the interface of gym3, too
+        games = procgen.ProcgenVecEnv(num_envs, env_id, **levels)
+
+        def observe():
+            first, obs, reward, _ = games._clib.observe()
+            return reward, obs, first.astype(bool)
+
+        env = SimpleNamespace(num=num_envs, act=games._clib.act, observe=observe, close=games.close)
+        env.callmethod = lambda name, *states: getattr(games, name)(*states)
+    env.num_actions = 15
+    return env
 
 
 def collect(act, env, T, folder, run, step):
@@ -358,8 +464,16 @@ if __name__ == "__main__":
         sys.exit("error: --num-train-frames and --num-test-frames must be 3 (a window) x --num-envs or more")
     if args.num_envs % WORLD_SIZE:
         sys.exit(f"error: --num-envs {args.num_envs} is no multiple of the {WORLD_SIZE} processes")
-    path = args.expert_checkpoint or f"{args.runs_dir}/{args.env_id}__ppo_procgen__{args.seed}/checkpoint.pt"
-    expert = load_checkpoint(path, "ppo_procgen", ["agent", "num_levels", "start_level"], args)
+    rules = {"FrozenLake-v1": value_iteration, "CartPole-v1": linear_rule}
+    rule = rules.get(args.env_id) if args.demonstrator != "ppo" else None
+    if rule and rule.__name__ == args.demonstrator:
+        expert = {"identity": args.demonstrator, "num_levels": args.num_levels, "start_level": 0}
+    elif args.demonstrator != "ppo":
+        sys.exit(f"error: --demonstrator {args.demonstrator} cannot play {args.env_id}: try ppo")
+    else:
+        path = f"{args.runs_dir}/{args.env_id}__ppo_procgen__{args.seed}/checkpoint.pt"
+        parts = ["agent", "num_levels", "start_level"]
+        expert = load_checkpoint(args.expert_checkpoint or path, "ppo_procgen", parts, args)
     num_levels, start_level = expert["num_levels"], expert["start_level"]
     device = (torch.accelerator.current_accelerator(True) if args.cuda else None) or torch.device("cpu")
 
@@ -378,14 +492,18 @@ if __name__ == "__main__":
     run.meta |= {"num_levels": num_levels, "start_level": start_level}
     (data_dir / "meta.json").unlink(missing_ok=True)
 
-    agent = Agent(expert["args"]["scale"], expert["args"]["patch_size"])
-    agent.load_state_dict(expert["agent"])
-    agent = agent.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    if not rule:
+        sizes = expert["args"]["scale"], expert["args"]["patch_size"], len(expert["agent"]["actor.bias"])
+        agent = Agent(*sizes)
+        agent.load_state_dict(expert["agent"])
+        agent = agent.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     autocast, generator = torch.autocast(device.type, torch.bfloat16, args.bf16), torch.Generator(device)
     print(f"{args.env_id}: {device}, {'bfloat16' if args.bf16 else 'float32'}")
 
     @torch.inference_mode()
     def act(obs):
+        if rule:
+            return np.array([rule(world, rng) for world in env.envs], dtype=np.int32)
         with autocast:
             logits, _ = agent(torch.as_tensor(obs, device=device))
         action = torch.multinomial(logits.softmax(-1), 1, generator=generator)  # (E, 1)
@@ -401,6 +519,7 @@ if __name__ == "__main__":
             shutil.rmtree(data_dir / split, ignore_errors=True)  # a stopped run's, or overwritten
         env = make_env(args.env_id, args.num_envs // WORLD_SIZE, *levels[i], seed)
         generator.manual_seed(seed)
+        rng = np.random.default_rng(seed)
         try:
             ended[split] = collect(act, env, T, data_dir / split, run, step)
         except OSError as e:
@@ -413,10 +532,10 @@ if __name__ == "__main__":
 
     # the demonstrator's returns, as its training measured them; if it is unfinished, of what ended here
     returns = expert.get("returns", ended["train"])
-    demonstrator = mean_and_stderr(returns) | {"episodes": len(returns)}
+    demonstrator = mean_and_stderr(returns) | {"episodes": len(returns)} if len(returns) > 1 else {}
     data = {"format_version": 1, "identity": run.meta["identity"], "env_id": args.env_id, "seed": args.seed}
     data |= {"num_levels": num_levels, "start_level": start_level, "demonstrator": demonstrator}
-    data |= {"splits": splits, "args": vars(args)}
+    data |= {"num_actions": env.num_actions, "splits": splits, "args": vars(args)}
     if RANK == 0:
         write_whole(data_dir / "meta.json", json.dumps(data, indent=2))
     run.finish(**demonstrator, returns=returns)

@@ -42,7 +42,7 @@ tqdm = partial(tqdm, disable=RANK > 0)  # one bar, rank 0's
 @dataclass
 class Args:
     # what
-    env_id: str = "bossfight"  # the Procgen game, one of the 16
+    env_id: str = "bossfight"  # a Procgen game, a gymnasium world, or the name of your own videos
     exp_name: str = Path(__file__).stem  # the run folder is RUNS_DIR/ENV_ID__EXP_NAME__SEED
     seed: int = 1  # seed of the experiment
     # data
@@ -104,15 +104,22 @@ class ImpalaCNN(nn.Module):
 
 
 class IDM(nn.Module):
-    """Inverse dynamics model: o_{t-1}, o_t, o_{t+1} (B, 9, 64, 64) -> continuous latent (B, latent_dim)."""
+    """Inverse dynamics model: o_{t-1}, o_t, o_{t+1} (B, 9, 64, 64) -> continuous latent (B, latent_dim).
 
-    def __init__(self, scale, latent_dim, patch_size=1):
+    differences (not in the paper): it sees o_t - o_{t-1} and o_{t+1} - o_t alone, hence no scenery.
+    """
+
+    def __init__(self, scale, latent_dim, patch_size=1, differences=False):
         super().__init__()
-        self.network = ImpalaCNN(9, scale, patch_size)
+        self.differences = differences
+        self.network = ImpalaCNN(6 if differences else 9, scale, patch_size)
         self.head = nn.Linear(256, latent_dim)
 
+    def see(self, x):
+        return x[:, 3:] - x[:, :6] if self.differences else x
+
     def forward(self, x):
-        return self.head(self.network(x)).float()
+        return self.head(self.network(self.see(x))).float()
 
 
 class LatentPolicy(nn.Module):
@@ -176,8 +183,8 @@ def load_dataset(args):
                 if found != (args.env_id, (len(first), 64, 64, 3), "uint8") or len(windows[split]) < 2:
                     raise ValueError(f"{shards[s] / split} is {found}, {len(windows[split])} windows")
     except (OSError, ValueError, TypeError, KeyError) as e:
-        again = f"`python collect_expert_data.py --env-id {args.env_id}` makes one, --data-dir names another"
-        sys.exit(f"error: {data_dir} is no whole dataset of {args.env_id} ({e}): {again}")
+        again = f"`python collect_expert_data.py --env-id {args.env_id}` or import_videos.py makes one"
+        sys.exit(f"error: {data_dir} is no whole dataset of {args.env_id} ({e}): {again}; see --data-dir")
     return metas[0] | {"identity": "+".join(meta.get("identity", "") for meta in metas)}, frames, windows
 
 
@@ -404,7 +411,8 @@ if __name__ == "__main__":
     device = (torch.accelerator.current_accelerator(True) if args.cuda else None) or torch.device("cpu")
 
     latent_dim, patch = len(pretrained["idm"]["head.bias"]), pretrained["args"]["patch_size"]
-    idm = IDM(pretrained["args"]["idm_scale"], latent_dim, patch)
+    differences = pretrained["args"].get("idm_differences", False)
+    idm = IDM(pretrained["args"]["idm_scale"], latent_dim, patch, differences)
     idm.load_state_dict(pretrained["idm"])
     idm = idm.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     torch.manual_seed(args.seed)

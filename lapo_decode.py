@@ -4,7 +4,8 @@
     policy     a ~ d(pi(o_t))                          pi from stage 3, which saw no labels
     cloning    a ~ f(o_t), from scratch                the baseline: same labels, same CNN, same loss
 
-Plays both for every n and several draws of the labelled frames, beside random play and the demonstrator.
+Plays both for every n and several draws of the labelled frames, beside random play and the demonstrator. On
+your own videos, which nobody can play, labels of the test split tell how often each names the right action.
 
     python lapo_decode.py --env-id bossfight                                       # the paper's scale
     python lapo_decode.py --env-id coinrun --num-labels 32 256 --eval-episodes 20  # toy
@@ -25,8 +26,9 @@ import time
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
-import gym_notices.notices
+import gymnasium
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -34,11 +36,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from filelock import FileLock
+from gymnasium.envs.toy_text.frozen_lake import generate_random_map
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-
-gym_notices.notices.notices.clear()  # else procgen's import of gym prints four lines about gym's future
-from procgen import ProcgenGym3Env  # noqa: E402
 
 FORMAT_VERSION = 4  # of checkpoints
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
@@ -48,7 +49,7 @@ tqdm = partial(tqdm, disable=RANK > 0)  # one bar, rank 0's
 @dataclass
 class Args:
     # what
-    env_id: str = "bossfight"  # the Procgen game, one of the 16
+    env_id: str = "bossfight"  # one of Procgen's 16 games, a gymnasium world, or your own videos' name
     exp_name: str = Path(__file__).stem  # the run folder is RUNS_DIR/ENV_ID__EXP_NAME__SEED
     seed: int = 1  # seed of the experiment
     # data
@@ -121,15 +122,22 @@ class ImpalaCNN(nn.Module):
 
 
 class IDM(nn.Module):
-    """Inverse dynamics model: o_{t-1}, o_t, o_{t+1} (B, 9, 64, 64) -> continuous latent (B, latent_dim)."""
+    """Inverse dynamics model: o_{t-1}, o_t, o_{t+1} (B, 9, 64, 64) -> continuous latent (B, latent_dim).
 
-    def __init__(self, scale, latent_dim, patch_size=1):
+    differences (not in the paper): it sees o_t - o_{t-1} and o_{t+1} - o_t alone, hence no scenery.
+    """
+
+    def __init__(self, scale, latent_dim, patch_size=1, differences=False):
         super().__init__()
-        self.network = ImpalaCNN(9, scale, patch_size)
+        self.differences = differences
+        self.network = ImpalaCNN(6 if differences else 9, scale, patch_size)
         self.head = nn.Linear(256, latent_dim)
 
+    def see(self, x):
+        return x[:, 3:] - x[:, :6] if self.differences else x
+
     def forward(self, x):
-        return self.head(self.network(x)).float()
+        return self.head(self.network(self.see(x))).float()
 
 
 class LatentPolicy(nn.Module):
@@ -150,7 +158,7 @@ class LatentPolicy(nn.Module):
 
 
 class Decoder(nn.Module):
-    """MLP from latents (B, latent_dim), standardised by the training latents' moments, to logits (B, 15)."""
+    """MLP from latents (B, latent_dim), standardised by the training latents' moments, to logits (B, A)."""
 
     def __init__(self, latent_dim, hidden, num_actions=15):
         super().__init__()
@@ -165,7 +173,7 @@ class Decoder(nn.Module):
 
 
 class DecodedPolicy(nn.Module):
-    """d(pi(o_t)): observations (B, 64, 64, 3) uint8 -> logits (B, 15); features: d sees those of pi, too."""
+    """d(pi(o_t)): observations (B, 64, 64, 3) uint8 -> logits (B, A); features: d sees those of pi, too."""
 
     def __init__(self, policy, decoder, features):
         super().__init__()
@@ -210,14 +218,14 @@ def fit_policy(policy, obs, actions, args, autocast):
     return fit(policy, obs, actions, *how, args, autocast)
 
 
-def fit_lapo(policy, x, mean, std, obs, actions, args, autocast):
+def fit_lapo(policy, x, mean, std, obs, actions, num_actions, args, autocast):
     """LAPO with n labels: fits a decoder d and returns the policy d(pi(o_t)) (section 6.4).
 
     d learns a_t from x (n, ...), the IDM's continuous latents: the IDM saw o_{t+1}, and so what was done. It
     plays on pi(o_t), which was cloned on such latents. Their mean and std are given: n labels are too few.
     Ours: with --finetune x is what pi made of o_t, its latent and features; then d and pi are cloned as one.
     """
-    decoder = Decoder(len(mean), args.decoder_hidden).to(x.device)
+    decoder = Decoder(len(mean), args.decoder_hidden, num_actions).to(x.device)
     decoder.mean.copy_(mean)
     decoder.std.copy_(std)
     how = args.decoder_updates, args.decoder_learning_rate, 512
@@ -278,8 +286,8 @@ def load_dataset(args):
                 if found != (args.env_id, (len(first), 64, 64, 3), "uint8") or len(windows[split]) < 2:
                     raise ValueError(f"{shards[s] / split} is {found}, {len(windows[split])} windows")
     except (OSError, ValueError, TypeError, KeyError) as e:
-        again = f"`python collect_expert_data.py --env-id {args.env_id}` makes one, --data-dir names another"
-        sys.exit(f"error: {data_dir} is no whole dataset of {args.env_id} ({e}): {again}")
+        again = f"`python collect_expert_data.py --env-id {args.env_id}` or import_videos.py makes one"
+        sys.exit(f"error: {data_dir} is no whole dataset of {args.env_id} ({e}): {again}; see --data-dir")
     return metas[0] | {"identity": "+".join(meta.get("identity", "") for meta in metas)}, frames, windows
 
 
@@ -290,15 +298,97 @@ def get_windows(frames, t, device):
     return torch.add(torch.tensor(-0.5, device=device), window.permute(0, 3, 1, 2), alpha=1 / 255)
 
 
+class Worlds:
+    """Gymnasium worlds with discrete actions, in step, with the interface of Procgen's games: seen as drawn.
+
+    An episode has a key, which gives its level, that is the seed of its reset, and the key of the next one. A
+    world's state is the key and the actions since. On FrozenLake a level is a map; one starts anywhere there.
+    An episode's last picture is shown as well: the action taken on it only begins the next one.
+    """
+
+    def __init__(self, env_id, num, num_levels, start_level, seed):
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # opens no window
+        self.make = partial(gymnasium.make, env_id, render_mode="rgb_array", disable_env_checker=True)
+        self.num, self.start_level, self.num_levels = num, start_level, num_levels or 2**31 - 1 - start_level
+        self.envs, self.past, self.lakes = [self.make() for _ in range(num)], [[]] * num, "Lake" in env_id
+        self.reward, self.over, self.first = np.zeros(num), np.zeros(num, bool), np.ones(num, bool)
+        self.num_actions = int(self.envs[0].action_space.n)
+        self.callmethod("set_state", np.random.default_rng(seed).integers(2**62, size=(num, 1)).tolist())
+
+    def begin(self, e, key, *actions):
+        self.past[e], level = [key, *actions], self.start_level + key % self.num_levels
+        if self.lakes:
+            rows = np.rot90([list(row) for row in generate_random_map(4, seed=level)], level)
+            self.envs[e] = self.make(desc=["".join(row) for row in rows], is_slippery=False)
+        self.envs[e].reset(seed=level)
+        if self.lakes:  # some safe steps away from the start
+            lake, rng = self.envs[e].unwrapped, np.random.default_rng(key)
+            lake.window_size, lake.cell_size = (128, 128), (32, 32)  # half of its own: drawn faster
+            for _ in range(rng.integers(16)):
+                ahead = [new for ((_, new, *_),) in lake.P[lake.s].values()]
+                lake.s = rng.choice([s for s in ahead if lake.desc.flat[s] in b"SF"])
+        self.over[e] = any([any(self.envs[e].step(action)[2:4]) for action in actions])
+
+    def act(self, actions):
+        for e, action in enumerate(actions.tolist()):
+            self.first[e], self.reward[e] = self.over[e], 0
+            if self.over[e]:
+                self.begin(e, int(np.random.default_rng(self.past[e][0]).integers(2**62)))
+            else:
+                self.past[e].append(action)
+                _, self.reward[e], *ends, _ = self.envs[e].step(action)
+                self.over[e] = any(ends)
+
+    def observe(self):
+        pictures = [Image.fromarray(env.render()).resize((64, 64), Image.BOX) for env in self.envs]
+        return self.reward.copy(), {"rgb": np.stack(pictures)}, self.first.copy()
+
+    def callmethod(self, name, states=()):
+        for e, state in enumerate(states):  # set_state
+            self.begin(e, *state)
+        return [list(past) for past in self.past]  # get_state
+
+    def close(self):
+        pass  # theirs end pygame, for others too
+
+
 def make_env(env_id, num_envs, num_levels, start_level, seed):
-    """Procgen, easy: act(actions), observe() -> reward (E,), {"rgb": (E, 64, 64, 3) uint8}, first (E,)."""
-    levels = {"distribution_mode": "easy", "num_levels": num_levels, "start_level": start_level}
-    return ProcgenGym3Env(num_envs, env_id, rand_seed=seed, num_threads=min(4, os.cpu_count()), **levels)
+    """E games: act(actions), observe() -> reward (E,), {"rgb": (E, 64, 64, 3) uint8}, first (E,).
+
+    Procgen, easy, is procgen's up to Python 3.12, then procgen-gym's: the same games, without gym and gym3.
+    """
+    levels = {"num_levels": num_levels, "start_level": start_level}
+    if env_id in gymnasium.registry:
+        return Worlds(env_id, num_envs, seed=seed, **levels)
+    if sys.version_info < (3, 13):
+        import gym_notices.notices
+
+        gym_notices.notices.notices.clear()  # else the next import prints four lines about gym's future
+        from procgen import env as procgen
+    else:
+        from procgen_gym import env as procgen
+    if env_id not in procgen.ENV_NAMES:
+        worlds = f"{', '.join(procgen.ENV_NAMES)}, or a world of gymnasium"
+        sys.exit(f"error: --env-id {env_id} is nothing to play: choose {worlds}")
+    levels |= {"distribution_mode": "easy", "rand_seed": seed, "num_threads": min(4, os.cpu_count())}
+    if sys.version_info < (3, 13):
+        env = procgen.ProcgenGym3Env(num_envs, env_id, **levels)
+    else:  # with the interface of gym3, too
+        games = procgen.ProcgenVecEnv(num_envs, env_id, **levels)
+
+        def observe():
+            first, obs, reward, _ = games._clib.observe()
+            return reward, obs, first.astype(bool)
+
+        env = SimpleNamespace(num=num_envs, act=games._clib.act, observe=observe, close=games.close)
+        env.callmethod = lambda name, *states: getattr(games, name)(*states)
+    env.num_actions = 15
+    return env
 
 
 @torch.inference_mode()
 def evaluate(policy, env, num_episodes, generator, run):
-    """Returns (num_episodes,) of games with actions drawn from softmax(policy(obs, episode)), (B, 15).
+    """Returns (num_episodes,) of games with actions drawn from softmax(policy(obs, episode)), (B, A).
 
     An env that ends its episode begins the next in line; every episode counts, however long.
     """
@@ -327,7 +417,7 @@ def play(policies, num_episodes, seed, data, device, autocast, run):
     """Returns (len(policies), num_episodes): all play in one batch of games, one after another."""
 
     def policy(obs, episode):
-        logits = torch.zeros(len(obs), 15, device=device)
+        logits = torch.zeros(len(obs), data["num_actions"], device=device)
         for p in np.unique(episode // num_episodes):
             mine = torch.from_numpy(episode // num_episodes == p).to(device)
             with autocast:
@@ -338,6 +428,51 @@ def play(policies, num_episodes, seed, data, device, autocast, run):
     levels = data["num_levels"], data["start_level"]
     env = make_env(run.args.env_id, min(run.args.num_envs, n), *levels, seed)
     return evaluate(policy, env, n, generator, run).reshape(len(policies), num_episodes)
+
+
+@torch.inference_mode()
+def test_accuracy(policies, frames, t, actions, device):
+    """Accuracy and cross-entropy (nats) of the P policies on frames t (n,) with actions (n,): (P, 2)."""
+    sums = 0
+    for piece in np.split(t, range(512, len(t), 512)):
+        obs, true = (
+            torch.from_numpy(frames[piece]).to(device),
+            torch.from_numpy(actions[piece]).long().to(device),
+        )
+        logits = torch.stack([policy(obs) for policy in policies])  # (P, B, A)
+        losses = F.cross_entropy(
+            logits.permute(1, 2, 0), true[:, None].expand(-1, len(policies)), reduction="none"
+        )
+        sums += torch.stack([(logits.argmax(-1) == true).sum(1), losses.sum(0)], dim=1)
+    return sums / len(t)
+
+
+def report_accuracy(plan, scores, num_frames, run):
+    """Prints and writes accuracies and cross-entropies: scores (num_draws, len(plan), 2)."""
+    rows = []
+    print(f"\n{num_frames:,} labelled test frames: means over {len(scores)} draws, +- their standard error")
+    for (n, method), (accuracies, losses) in zip(plan, scores.transpose(1, 2, 0)):
+        row = {"method": method, "n_labels": n, "accuracies": accuracies.tolist(), "losses": losses.tolist()}
+        row["accuracy_mean"], row["accuracy_stderr"] = mean_and_stderr(accuracies).values()
+        row["cross_entropy_mean"], row["cross_entropy_stderr"] = mean_and_stderr(losses).values()
+        print(
+            "{method:20s} {n_labels:6}  accuracy {accuracy_mean:.3f} +- {accuracy_stderr:.3f}  cross-entropy "
+            "{cross_entropy_mean:.2f} +- {cross_entropy_stderr:.2f}".format(**row)
+        )
+        rows.append(row)
+    run.finish(num_draws=len(scores), num_test_frames=num_frames, curve=rows)
+
+
+def load_actions(frames, windows, num_actions):
+    """A split's actions (N,), -1 where frame t has no label a_t, and the windows that have one (n,)."""
+    try:
+        actions = frames.labels("actions")
+        if len(actions) != len(frames) or not -1 <= actions.min() <= actions.max() < num_actions:
+            raise ValueError(f"{len(actions)} of {actions.min()} to {actions.max()}")
+    except (OSError, ValueError, EOFError) as e:
+        path, wanted = frames.folders[0] / "actions.npy", f"{len(frames)} actions of 0 to {num_actions - 1}"
+        sys.exit(f"error: {path} is not {wanted} ({e}): make the dataset again")
+    return actions, windows[actions[windows] >= 0]
 
 
 def load_checkpoint(path, made_by, parts, args):
@@ -520,26 +655,21 @@ if __name__ == "__main__":
     default = f"{args.runs_dir}/{args.env_id}__lapo_bc__{args.seed}/checkpoint.pt"
     cloned = load_checkpoint(args.bc_checkpoint or default, "lapo_bc", ["policy", "idm"], args)
     data, frames, windows = load_dataset(args)
-    if not data.get("demonstrator"):
-        sys.exit("error: the dataset's meta.json has no demonstrator, the score to compare with: add it")
-    frames, windows, demonstrator = frames["train"], windows["train"], data["demonstrator"]
-    path = frames.folders[0] / "actions.npy"
-    try:
-        actions = frames.labels("actions")  # a_t was taken on seeing frame t
-        if len(actions) != len(frames) or not 0 <= actions.min() <= actions.max() < 15:
-            raise ValueError(f"{len(actions)} of {actions.min()} to {actions.max()}")
-    except (OSError, ValueError, EOFError) as e:
-        sys.exit(f"error: {path} is not {len(frames)} actions of 0 to 14 ({e}): collect the dataset again")
+    demonstrator, A = data.get("demonstrator"), data.setdefault("num_actions", 15)
+    actions, labelled = load_actions(frames["train"], windows["train"], A)
+    if not demonstrator:
+        actions_test, t_test = load_actions(frames["test"], windows["test"], A)
     fewest, most = min(args.num_labels, default=0), max(args.num_labels, default=0)
-    if not 1 <= fewest <= most <= len(windows):
-        sys.exit(f"error: --num-labels {args.num_labels}: this dataset has {len(windows)} windows to label")
+    if not 1 <= fewest <= most <= len(labelled):
+        sys.exit(f"error: --num-labels {args.num_labels}: this dataset has {len(labelled)} labelled windows")
     run = Run(args, inputs=[cloned["identity"], data.get("identity")])
     run.meta |= {"pretrain_args": cloned["pretrain_args"], "bc_args": cloned["args"], "data": data}
     device = (torch.accelerator.current_accelerator(True) if args.cuda else None) or torch.device("cpu")
 
     # the networks of stages 2 and 3, frozen
     latent_dim, patch = len(cloned["idm"]["head.bias"]), cloned["pretrain_args"]["patch_size"]
-    idm = IDM(cloned["pretrain_args"]["idm_scale"], latent_dim, patch)
+    differences = cloned["pretrain_args"].get("idm_differences", False)
+    idm = IDM(cloned["pretrain_args"]["idm_scale"], latent_dim, patch, differences)
     idm.load_state_dict(cloned["idm"])
     idm = idm.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     policy = LatentPolicy(cloned["args"]["policy_scale"], latent_dim, patch)
@@ -549,7 +679,7 @@ if __name__ == "__main__":
     print(f"{args.env_id}: {device}, {'bfloat16' if args.bf16 else 'float32'}")
 
     def load_obs(t):
-        return torch.from_numpy(frames[t]).to(device)  # (B, 64, 64, 3) uint8
+        return torch.from_numpy(frames["train"][t]).to(device)  # (B, 64, 64, 3) uint8
 
     @torch.no_grad()
     def decoder_inputs(t):
@@ -558,16 +688,17 @@ if __name__ == "__main__":
         with autocast:
             if args.finetune:
                 return torch.cat([seen(load_obs(piece)) for piece in pieces])
-            return torch.cat([idm(get_windows(frames, piece, device)) for piece in pieces])
+            return torch.cat([idm(get_windows(frames["train"], piece, device)) for piece in pieces])
 
     mean, std = policy.mean, policy.std  # of the latents that stage 3 cloned
     if args.finetune:  # frames without labels say how to standardise features
-        x = decoder_inputs(np.random.default_rng(args.seed).permutation(windows)[:4096])
+        x = decoder_inputs(np.random.default_rng(args.seed).permutation(windows["train"])[:4096])
         mean, std = x.mean(0), x.std(0) + 1e-3
-    kept = DecodedPolicy(copy.deepcopy(policy), Decoder(len(mean), args.decoder_hidden), args.finetune)
+    kept = DecodedPolicy(copy.deepcopy(policy), Decoder(len(mean), args.decoder_hidden, A), args.finetune)
     state = run.restore(policy=kept.policy, decoder=kept.decoder)  # checkpoint.pt's: most labels, first draw
 
-    methods = ["lapo_decoder", "cloning_from_scratch"] if args.cloning else ["lapo_decoder"]
+    methods = ["lapo_decoder", *["cloning_from_scratch"] * args.cloning]
+    methods += [] if demonstrator else ["majority_action"]
     plan = [(n, method) for n in args.num_labels for method in methods]
     num_episodes = math.ceil(args.eval_episodes / args.num_draws)  # of a policy
     played = state.get("played", [])  # for every draw that is done: returns (len(plan), num_episodes)
@@ -575,40 +706,51 @@ if __name__ == "__main__":
         seed = args.seed * 1000 + draw
         torch.manual_seed(seed)
         # the n labelled windows are the first n of the draw's permutation: more labels contain fewer
-        t = np.random.default_rng([args.seed, draw]).permutation(windows)[:most]
+        t = np.random.default_rng([args.seed, draw]).permutation(labelled)[:most]
         x, obs = decoder_inputs(t), load_obs(t)
         labels = torch.from_numpy(actions[t]).long().to(device)  # (n,)
         policies = []
         for n, method in tqdm(plan, f"draw {draw + 1} of {args.num_draws}: fit", unit="policy", leave=False):
             run.leave_if_stopped()
             if method == "lapo_decoder":
-                policies.append(fit_lapo(policy, x[:n], mean, std, obs[:n], labels[:n], args, autocast))
+                policies.append(fit_lapo(policy, x[:n], mean, std, obs[:n], labels[:n], A, args, autocast))
                 if draw == 0 and n == most:
                     kept.load_state_dict(policies[-1].state_dict())
-            else:  # f(o_t) from scratch: pi's network, with 15 logits for a latent
-                new = LatentPolicy(cloned["args"]["policy_scale"], 15, patch)
+            elif method == "cloning_from_scratch":  # f(o_t): pi's network, with A logits for a latent
+                new = LatentPolicy(cloned["args"]["policy_scale"], A, patch)
                 new = new.to(device, memory_format=torch.channels_last)
                 policies.append(fit_policy(new, obs[:n], labels[:n], args, autocast))
-        played.append(play(policies, num_episodes, seed, data, device, autocast, run).tolist())
+            else:  # the majority action of these n labels: their frequencies, everywhere
+                frequencies = (torch.bincount(labels[:n], minlength=A) + 1) / (n + A)
+                policies.append(partial(lambda logits, obs: logits.expand(len(obs), -1), frequencies.log()))
+        if demonstrator:
+            scores = play(policies, num_episodes, seed, data, device, autocast, run)
+        else:
+            scores = test_accuracy(policies, frames["test"], t_test, actions_test, device)
+        played.append(scores.tolist())
         run.save(draw + 1, played=played)
-    uniform, seed = lambda obs: torch.zeros(len(obs), 15, device=device), args.seed * 1000 + args.num_draws
-    at_random = play([uniform], max(100, args.eval_episodes), seed, data, device, autocast, run)[0]
+    if not demonstrator:
+        report_accuracy(plan, np.array(played), len(t_test), run)
+    else:
+        uniform, seed = lambda obs: torch.zeros(len(obs), A, device=device), args.seed * 1000 + args.num_draws
+        at_random = play([uniform], max(100, args.eval_episodes), seed, data, device, autocast, run)[0]
 
-    # A result is the mean over draws of the mean return of a draw's episodes. Which frames were labelled
-    # matters more than luck in play, and all episodes of a draw share it: its standard error is over draws.
-    rows = []
-    for (n, method), returns in zip(plan, np.swapaxes(played, 0, 1)):  # (num_draws, num_episodes)
-        row = {"method": method, "n_labels": n, **mean_and_stderr(returns.mean(1)), "episodes": returns.size}
-        rows.append(row | {"draws": returns.mean(1).tolist(), "returns": returns.tolist()})
-        run.writer.add_scalar(f"{method}/return_mean", row["return_mean"], n)
-    random = {"method": "random", **mean_and_stderr(at_random), "episodes": len(at_random)}
-    ends = random | {"returns": at_random.tolist()}, {"method": "demonstrator", **demonstrator}
-    worst, best = (end["return_mean"] for end in ends)
-    print(f"\n{args.env_id}: means over {args.num_draws} draws of the labels, +- their standard error")
-    print(f"{'method':20s} labels return +- stderr  of demonstrator")
-    for row in (*rows, *ends):
-        row["relative_to_demonstrator"] = (row["return_mean"] - worst) / (best - worst or math.nan)
-        score = "{return_mean:8.2f} +- {return_stderr:5.2f} {relative_to_demonstrator:16.2f}".format(**row)
-        print(f"{row['method']:20s} {row.get('n_labels', ''):6} {score}")
-    run.finish(num_draws=args.num_draws, curve=rows, random=ends[0], demonstrator=ends[1])
-    print(f"next: python lapo_finetune_ppo.py --env-id {args.env_id} --runs-dir {args.runs_dir}")
+        # A result is the mean over draws of the mean return of a draw's episodes. Which frames were labelled
+        # matters more than luck in play, and a draw's episodes share it: its standard error is over draws.
+        rows = []
+        for (n, method), returns in zip(plan, np.swapaxes(played, 0, 1)):  # (num_draws, num_episodes)
+            row = {"method": method, "n_labels": n, "episodes": returns.size, "returns": returns.tolist()}
+            row |= mean_and_stderr(returns.mean(1)) | {"draws": returns.mean(1).tolist()}
+            rows.append(row)
+            run.writer.add_scalar(f"{method}/return_mean", row["return_mean"], n)
+        random = {"method": "random", **mean_and_stderr(at_random), "episodes": len(at_random)}
+        ends = random | {"returns": at_random.tolist()}, {"method": "demonstrator", **demonstrator}
+        worst, best = (end["return_mean"] for end in ends)
+        print(f"\n{args.env_id}: means over {args.num_draws} draws of the labels, +- their standard error")
+        print(f"{'method':20s} labels return +- stderr  of demonstrator")
+        for row in (*rows, *ends):
+            row["relative_to_demonstrator"] = (row["return_mean"] - worst) / (best - worst or math.nan)
+            score = "{return_mean:8.2f} +- {return_stderr:5.2f} {relative_to_demonstrator:16.2f}"
+            print(f"{row['method']:20s} {row.get('n_labels', ''):6} {score.format(**row)}")
+        run.finish(num_draws=args.num_draws, curve=rows, random=ends[0], demonstrator=ends[1])
+        print(f"next: python lapo_finetune_ppo.py --env-id {args.env_id} --runs-dir {args.runs_dir}")

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from gymnasium import registry
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.cluster import KMeans
@@ -59,7 +60,7 @@ SECTIONS = dict(section.split(" -->\n", 1) for section in PAGE[1:])
 @dataclass
 class Args:
     # what
-    env_id: str = "bossfight"  # the Procgen game, one of the 16
+    env_id: str = "bossfight"  # a Procgen game, a gymnasium world, or the name of your own videos
     exp_name: str = Path(__file__).stem  # the run folder is RUNS_DIR/ENV_ID__EXP_NAME__SEED
     seed: int = 1  # seed of the runs that it looks at, of k-means and of the games
     # data
@@ -81,7 +82,7 @@ def build_networks(p, device, trained=None):
     """IDM, VQ (on the CPU; None with --no-vq) and FDM of pretraining's args p: trained, or as they began."""
     torch.manual_seed(p["seed"])
     N, H, D, K = (p[f"vq_{size}"] for size in ("num_codebooks", "num_slots", "dim", "num_codes"))
-    idm = IDM(p["idm_scale"], N * H * D, p["patch_size"])
+    idm = IDM(p["idm_scale"], N * H * D, p["patch_size"], p.get("idm_differences", False))
     vq = VQ(N, H, D, K, p["vq_commitment"], p["vq_decay"])
     fdm = FDM(N * H * D, p["fdm_width"], p["predict_change"], p["patch_size"])
     for name, network in {"idm": idm, "vq": vq, "fdm": fdm}.items() if trained else ():
@@ -110,28 +111,41 @@ def rollout(fdm, before, now, z):
 
 
 def load_labels(frames, t):
-    """The true actions {split: (n,)} at t {split: (n,)}; {} where there are no label files."""
+    """The true actions {split: (n,)} at t {split: (n,)}, -1: no label; {} where there is no label file."""
     try:
         return {split: frames[split].labels("actions")[t[split]] for split in t}
     except FileNotFoundError:
         return {}
 
 
+def action_names(data):
+    """What to call the actions of a dataset, from its meta.json."""
+    if data.get("demonstrator") and data["env_id"] not in registry:  # Procgen
+        return ACTIONS
+    return data.get("action_names") or [f"action {a}" for a in range(data.get("num_actions", 0))]
+
+
 def latent_space_metrics(encoded, actions):
     """What latents, {split: encode(...)}, tell of actions {split: (n,)}: fit on train, measured on test."""
+    known = {split: actions[split] >= 0 for split in actions}
     scaler = StandardScaler().fit(encoded["train"][0])
-    x = {split: scaler.transform(encoded[split][0]) for split in encoded}
+    x = {split: scaler.transform(encoded[split][0][known[split]]) for split in encoded}
+    actions = {split: actions[split][known[split]] for split in actions}
     weight, codes = compute_sample_weight("balanced", actions["train"]), encoded["test"][2]
     metrics, mlp = {}, MLPClassifier((256,), alpha=0.1, max_iter=60, random_state=0)
     for name, probe in {"linear_probe": LogisticRegression(max_iter=300), "mlp_probe": mlp}.items():
         with warnings.catch_warnings(action="ignore"):  # no convergence; guesses of actions that do not occur
             guess = probe.fit(x["train"], actions["train"], sample_weight=weight).predict(x["test"])
             metrics[name] = float(balanced_accuracy_score(actions["test"], guess))
-    group = KMeans(min(15, len(x["train"])), n_init=4, random_state=0).fit(x["train"]).predict(x["test"])
+    group = (
+        KMeans(min(actions["train"].max() + 1, len(x["train"])), n_init=4, random_state=0)
+        .fit(x["train"])
+        .predict(x["test"])
+    )
     most = [np.bincount(actions["test"][group == g]).max() for g in np.unique(group)]
     metrics["cluster_purity"] = sum(most) / len(group)
     if codes is not None:
-        slots = codes.reshape(len(codes), -1).T  # (N * H, n)
+        slots = codes[known["test"]].reshape(len(actions["test"]), -1).T  # (N * H, n)
         nmi = [normalized_mutual_info_score(actions["test"], slot) for slot in slots]
         metrics |= {"nmi": float(np.mean(nmi)), "nmi_best_slot": float(np.max(nmi))}
     return metrics
@@ -146,7 +160,7 @@ def group_latents(latents, num_groups, seed):
 
 
 def lift(counts, totals, few=20):
-    """How much more frequent actions are in groups (..., 15) than in all windows (15,), rare ones damped."""
+    """How much more frequent actions are in groups (..., A) than in all windows (A,), rare ones damped."""
     expected = counts.sum(-1, keepdims=True) * totals / totals.sum()
     return (counts + few) / (expected + few)  # else an action that fell into a group twice would win
 
@@ -188,10 +202,11 @@ def find_starts(env, actions, num_starts, T, rng):
         env.act(rng.choice(actions, env.num).astype(np.int32))
     _, obs, first = env.observe()
     now, states, apart = obs["rgb"].copy(), env.callmethod("get_state"), []
+    moves = min(9, env.num_actions)
     for e in range(env.num):
-        pictures, over = hold(env, states[e], range(9), T)
+        pictures, over = hold(env, states[e], range(moves), T)
         # not if o_{t-1} is of another episode, or a move ends this one
-        apart.append(0 if first[e] or over.any() else pictures[:9, (T + 1) // 2].std(0).mean())
+        apart.append(0 if first[e] or over.any() else pictures[:moves, (T + 1) // 2].std(0).mean())
     best = np.argsort(-np.array(apart), kind="stable")[:num_starts]
     return [states[e] for e in best], before[best], now[best]
 
@@ -205,42 +220,45 @@ def load_agent(stage, args, device):
     a, scale, patch_size = c["args"], c["bc_args"]["policy_scale"], c["pretrain_args"]["patch_size"]
     if stage == "lapo_finetune_ppo":
         latent_dim = len(c["agent"]["head.bias"])
-        agent = FinetunedAgent(scale, patch_size, latent_dim, a["decoder_hidden"], a["sl"])
+        sizes = scale, patch_size, latent_dim, a["decoder_hidden"]
+        agent = FinetunedAgent(*sizes, a["sl"], len(c["agent"]["actor.bias"]))
         agent.load_state_dict(c["agent"])
         agent.to(device)
         return lambda obs: agent(agent.features(obs, nullcontext()))[0]
     policy = LatentPolicy(scale, len(c["policy"]["mean"]), patch_size)
-    decoder = Decoder(len(c["decoder"]["mean"]), a["decoder_hidden"])
+    decoder = Decoder(len(c["decoder"]["mean"]), a["decoder_hidden"], len([*c["decoder"].values()][-1]))
     policy.load_state_dict(c["policy"])
     decoder.load_state_dict(c["decoder"])
     agent = DecodedPolicy(policy, decoder, a["finetune"]).to(device)
     return lambda obs: agent(obs) / a["temperature"]
 
 
-def film_agent(agent, env, seed, device, num_frames=300):
-    """Four games of an agent side by side, as images."""
+def film_agent(agent, env, names, seed, device, num_frames=300):
+    """Four games of an agent side by side, as images; names are the actions'."""
     generator, steps, last, film = torch.Generator(device).manual_seed(seed), [], {}, []
 
     def policy(obs, episode):
-        action = torch.multinomial(agent(obs).softmax(-1), 1, generator=generator).squeeze(-1)
+        logits = agent(obs)
+        action = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
         steps.append(dict(zip(episode.tolist(), zip(obs.cpu().numpy(), action.tolist()))))
-        return F.one_hot(action, 15).log()  # which evaluate() can only take as it is
+        return F.one_hot(action, logits.shape[1]).log()  # which evaluate() can only take as it is
 
     returns = evaluate(policy, env, 4, generator, SimpleNamespace(leave_if_stopped=lambda: None))
     for step in [*steps, {}][:num_frames]:
         last |= step
-        games = [draw(*last[e], None if e in step else returns[e]) for e in range(4)]
+        games = [draw(*last[e], names, None if e in step else returns[e]) for e in range(4)]
         film.append(Image.fromarray(np.concatenate(games, axis=1)))
     return film
 
 
-def draw(obs, action, final=None):
+def draw(obs, action, names, final=None):
     """A frame (64, 64, 3), enlarged, with the action taken; once the game is over: dark, with its return."""
     image = Image.fromarray(obs if final is None else obs // 2).resize((192, 192), Image.NEAREST)
     pen, font = ImageDraw.Draw(image), findfont("DejaVu Sans:bold")  # it has arrows
     if final is None:
         pen.ellipse((4, 4, 40, 40), fill="white", outline="black")
-        sign, font = "↙←↖↓•↑↘→↗DAWSQE"[action], ImageFont.truetype(font, 28)
+        sign = "↙←↖↓•↑↘→↗DAWSQE"[action] if names is ACTIONS else f"{action}"
+        font = ImageFont.truetype(font, 28)
         pen.text((22, 22), sign, fill="black", anchor="mm", font=font)
     else:
         style = {"fill": "white", "stroke_width": 3, "stroke_fill": "black"}
@@ -301,20 +319,26 @@ def plot_points(ax, z, kind, names, colors, markers):
     return xy
 
 
-def plot_by_move(ax, z, actions):
-    """Latents in 2-D; colour: horizontal move of actions (n,), marker: vertical one; grey without labels."""
-    names = [name + " or a button" * (name == "stay") for name in MOVES]
-    if actions is None:
-        actions, names = np.full(len(z), STAY), ["there are no labels"] * 9
-    colors = np.repeat(["#D55E00", "#999999", "#0072B2"], 3)
-    plot_points(ax, z, np.where(actions < 9, actions, STAY), names, colors, "vo^" * 3)
+def plot_by_action(ax, z, actions, names):
+    """Latents in 2-D by true action (n,); of Procgen's the moves: colour horizontal, marker vertical."""
+    actions = np.full(len(z), -1) if actions is None else actions
+    if names is ACTIONS:
+        kind, names = (
+            np.where(actions < 9, actions, STAY),
+            [x + " or a button" * (x == "stay") for x in MOVES],
+        )
+        colors, markers = np.repeat(["#D55E00", "#999999", "#0072B2"], 3), "vo^" * 3
+    else:
+        kind, colors, markers = actions, np.resize(COLORS, len(names)), np.resize([*MARKERS], len(names))
+    kind, names = np.where(actions < 0, len(names), kind), [*names, "no label"]
+    plot_points(ax, z, kind, names, [*colors, "#BBBBBB"], [*markers, "."])
     ax.set_title("by true action")
 
 
-def plot_latents(z, group, names, actions):
-    """Latents (n, latent_dim) in 2-D, by true action and by group (n,)."""
+def plot_latents(z, group, names, actions, called):
+    """Latents (n, latent_dim) in 2-D, by true action, called so, and by group (n,)."""
     fig, axes = plt.subplots(1, 2, figsize=(13, 6.5), layout="constrained")
-    plot_by_move(axes[0], z, actions)
+    plot_by_action(axes[0], z, actions, called)
     xy = plot_points(axes[1], z, group, names, COLORS, MARKERS)
     for g, color in zip(range(len(names)), np.resize(COLORS, len(names))):
         box = {"boxstyle": "round,pad=0.2", "fc": "white", "ec": color, "lw": 2}
@@ -323,10 +347,10 @@ def plot_latents(z, group, names, actions):
     return fig
 
 
-def plot_table(table, lifts, names):
-    """Windows of groups and actions (G, 15), their lifts as colours, each row's highest framed; totals."""
+def plot_table(table, lifts, names, called):
+    """Windows of groups and actions (G, A), their lifts as colours, each row's highest framed; totals."""
     fig, ax = plt.subplots(figsize=(13, 1.6 + 0.5 * len(table)), layout="constrained")
-    colors = np.log2(np.vstack([lifts, np.ones(15)]))
+    colors = np.log2(np.vstack([lifts, np.ones(len(called))]))
     image = ax.imshow(colors, cmap="PuOr_r", vmin=-2, vmax=2, aspect="auto")
     for (g, a), count in np.ndenumerate(np.vstack([table, table.sum(0)])):
         color = "white" if abs(colors[g, a]) > 1.3 else "black"
@@ -334,7 +358,7 @@ def plot_table(table, lifts, names):
     for g, a in enumerate(lifts.argmax(1)):
         ax.add_patch(plt.Rectangle((a - 0.47, g - 0.45), 0.94, 0.9, fill=False, ec="black", lw=2))
     ax.axhline(len(table) - 0.5, color="black", lw=1)
-    ax.set_xticks(range(15), ACTIONS, rotation=30, ha="right")
+    ax.set_xticks(range(len(called)), called, rotation=30, ha="right")
     ax.set_yticks(range(len(table) + 1), [*names, "all windows"])
     ax.set_title("Test windows by group and true action")
     fig.colorbar(image, ax=ax, extend="both", ticks=range(-2, 3), pad=0.01, label="log2 of the lift")
@@ -396,13 +420,13 @@ if __name__ == "__main__":
 
     # 1. latents and their groups
     t = {split: np.sort(rng.permutation(windows[split])[: args.eval_windows]) for split in windows}
-    labels = load_labels(frames, t)
+    labels, actions = load_labels(frames, t), action_names(data)
     encoded = {split: encode(idm, vq, frames[split], t[split], device) for split in t}
     _, latents, codes = encoded["test"]
     group, chosen = group_latents(latents, args.num_groups, args.seed)
     n, G, sizes = len(latents), len(chosen), np.bincount(group)
     names = [f"group {g}" for g in range(G)]
-    picture = {"latents.png": to_png(plot_latents(latents, group, names, labels.get("test")))}
+    picture = {"latents.png": to_png(plot_latents(latents, group, names, labels.get("test"), actions))}
     what = "quantised latent actions" if vq else "continuous latent actions (trained with --no-vq)"
     report = [section("latents", folder, picture, what=what, windows=n)]
     results = {"windows": n, "latent_space": None, "codes_used": None}
@@ -411,16 +435,18 @@ if __name__ == "__main__":
     # 2. groups and true actions
     called = [""] * G
     if labels:
-        table = np.zeros((G, 15), dtype=int)
-        np.add.at(table, (group, labels["test"]), 1)
+        table, known = np.zeros((G, len(actions)), dtype=int), labels["test"] >= 0
+        np.add.at(table, (group[known], labels["test"][known]), 1)
         totals, lifts = table.sum(0), lift(table, table.sum(0))
         matched, best = lifts.argmax(1), lifts.max(1)
-        shuffled = [lift(rng.multivariate_hypergeometric(totals, size, size=1000), totals) for size in sizes]
+        shuffled = [
+            lift(rng.multivariate_hypergeometric(totals, size, size=1000), totals) for size in table.sum(1)
+        ]
         chance = [np.quantile(lifts.max(1), 0.95) for lifts in shuffled]
-        called = [ACTIONS[a] + "?" * int(best[g] <= chance[g]) for g, a in enumerate(matched)]
+        called = [actions[a] + "?" * int(best[g] <= chance[g]) for g, a in enumerate(matched)]
         names_and_lifts = zip(names, sizes / n, called, best, chance)
         rows = [f"{name} ({s:.0%}): {a} {b:.2f}, by chance {c:.2f}" for name, s, a, b, c in names_and_lifts]
-        picture = {"groups.png": to_png(plot_table(table, lifts, rows))}
+        picture = {"groups.png": to_png(plot_table(table, lifts, rows, actions))}
         report.append(section("groups", folder, picture))
         results["groups"] |= {"actions": table.tolist(), "lift": lifts.tolist(), "shuffled_lift": chance}
         results["groups"]["matched_action"] = matched.tolist()
@@ -446,24 +472,31 @@ if __name__ == "__main__":
         space = {name: latent_space_metrics(*both) for name, both in of.items()}
         table = [["", *space], *([m, *(f"{space[name][m]:.3f}" for name in space)] for m in space["trained"])]
         table = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in table)
-        chance = 1 / len(np.unique(labels["test"]))
+        chance = 1 / len(np.unique(labels["test"][labels["test"] >= 0]))
         report.append(section("latent_space", folder, table=table, windows=n, chance=f"{chance:.3f}"))
         results["latent_space"] = space | {"chance": chance, "windows": n}
 
-    # 5. every group's latent held in the FDM, and its matched action in the game
-    levels = data["num_levels"], data["start_level"]
-    env = make_env(args.env_id, max(16, G, args.num_starts), *levels, args.seed)
-    states, *start = find_starts(env, labels.get("test", np.arange(15)), args.num_starts, T, rng)
+    # 5. every group's latent held in the FDM, and its matched action in the game, where there is one
+    levels, S, tried, states = (data["num_levels"], data["start_level"]), args.num_starts, n, None
+    if data.get("demonstrator"):
+        env, tried = make_env(args.env_id, max(16, G, S), *levels, args.seed), max(16, G, S)
+        states, *start = find_starts(env, labels.get("test", np.arange(env.num_actions)), S, T, rng)
+    else:  # test windows in which much changes, spread over the upper quarter
+        pairs = frames["test"][t["test"][:, None] + [-1, 0]].astype(np.int16)  # (n, 2, 64, 64, 3)
+        lively = np.argsort(-np.abs(pairs[:, 1] - pairs[:, 0]).mean((1, 2, 3)), kind="stable")
+        start = pairs[lively[:: max(1, n // (4 * S))][:S]].astype(np.uint8).swapaxes(0, 1)
+    S = len(start[0])
     start = [torch.from_numpy(obs).to(device).movedim(-1, 1) / 255 - 0.5 for obs in start]
     start = [frame.repeat_interleave(G, 0) for frame in start]  # o_{t-1}, o_t (S * G, 3, 64, 64)
-    z = torch.from_numpy(latents[chosen]).to(device).repeat(len(states), 1)  # (S * G, latent_dim)
+    z = torch.from_numpy(latents[chosen]).to(device).repeat(S, 1)  # (S * G, latent_dim)
     dreams = torch.cat([start[1][:, None], rollout(fdm, *start, z[:, None].expand(-1, T, -1))], dim=1)
     kinds = {"dream": to_pixels(dreams).reshape(-1, G, T + 1, 64, 64, 3)}
-    if labels:
+    if labels and states:
         kinds["game"] = np.stack([hold(env, state, matched, T)[0][:G] for state in states])
-    env.close()
+    if states:
+        env.close()
     grid = np.stack([*kinds.values()], axis=1)  # (S, dream and game, G, T + 1, 64, 64, 3)
-    film, rows = [], [f"start {s + 1}\n{kind}" for s in range(len(states)) for kind in kinds]
+    film, rows = [], [f"start {s + 1}\n{kind}" for s in range(S) for kind in kinds]
     for step in range(T + 1):
         columns = [f"{name}\n{action}" for name, action in zip(names, called)]
         fig = plot_grid(grid[:, :, :, step].reshape(-1, G, 64, 64, 3), rows, columns, len(kinds), 1.36)
@@ -472,10 +505,10 @@ if __name__ == "__main__":
     shown = sorted({0, T, *(2**i for i in range(T.bit_length()))})
     strip = grid[:, :, :, shown].swapaxes(0, 2).reshape(G * len(kinds), -1, 64, 64, 3)
     rows = [name if kind == "dream" else action for name, action in zip(names, called) for kind in kinds]
-    columns = [f"start {s + 1}\nstep {step}" for s in range(len(states)) for step in shown]
+    columns = [f"start {s + 1}\nstep {step}" for s in range(S) for step in shown]
     strip = to_png(plot_grid(strip, rows, columns, len(kinds), 0.68))
     pictures = {"rollouts.gif": to_gif(film, [1000] + [200] * (T - 1) + [1500]), "rollouts.png": strip}
-    report.append(section("rollouts", folder, pictures, tried=env.num))
+    report.append(section("rollouts", folder, pictures, tried=tried))
 
     # 6. prediction error against the rollout's length
     curves = rollout_errors(idm, vq, fdm, frames["test"], windows["test"], T, device)
@@ -486,9 +519,9 @@ if __name__ == "__main__":
 
     # 7. the agents play
     for stage, agent in agents.items():
-        if agent:
+        if agent and states:
             env = make_env(args.env_id, 4, *levels, args.seed + 1000)
-            film = to_gif(film_agent(agent, env, args.seed, device), 1000 // 15)
+            film = to_gif(film_agent(agent, env, actions, args.seed, device), 1000 // 15)
             report.append(section("agent", folder, {f"{stage}.gif": film}, stage=stage))
 
     there = {"groups": labels, "codebooks": vq, "latent_space": labels, "error": curves, **agents}

@@ -31,7 +31,7 @@ from sklearn.preprocessing import StandardScaler
 
 from lapo_bc import load_checkpoint, load_dataset
 from lapo_decode import make_env
-from lapo_inspect import ACTIONS, STAY, build_networks, encode, group_latents, load_labels
+from lapo_inspect import ACTIONS, STAY, action_names, build_networks, encode, group_latents, load_labels
 
 
 @dataclass
@@ -190,6 +190,10 @@ if __name__ == "__main__":
     path = args.pretrain_checkpoint or default
     pretrained = load_checkpoint(path, "lapo_pretrain", ["idm", "vq", "fdm"], args)
     data, frames, windows = load_dataset(args)
+    if action_names(data) is not ACTIONS:
+        sys.exit(
+            f"error: --env-id {args.env_id}: the keys are those of Procgen's games, and play no other world"
+        )
     idm, vq, fdm = build_networks(pretrained["args"], "cpu", pretrained)
 
     # the keys' latents: of groups on the numbers, of actions on arrows and letters

@@ -50,13 +50,14 @@ tqdm = partial(tqdm, disable=RANK > 0)  # one bar, rank 0's
 @dataclass
 class Args:
     # what
-    env_id: str = "bossfight"  # the Procgen game, one of the 16
+    env_id: str = "bossfight"  # a Procgen game, a gymnasium world, or the name of your own videos
     exp_name: str = Path(__file__).stem  # the run folder is RUNS_DIR/ENV_ID__EXP_NAME__SEED
     seed: int = 1  # seed of the experiment
     # data
     data_dir: str | None = None  # the dataset, one folder or A:B:C; default data/ENV_ID
     # method
     idm_scale: float = 4.0  # width of the IDM's IMPALA-CNN: 16, 32, 32 channels times this
+    idm_differences: bool = False  # the IDM sees frames' differences, in training shifted (not in the paper)
     fdm_width: int = 24  # base width of the FDM's U-Net
     patch_size: Literal[1, 2, 4] = 1  # P: patches of P x P pixels are folded into channels (not in the paper)
     predict_change: bool = False  # the FDM predicts o_{t+1} - o_t, from 0 on (not in the paper)
@@ -124,15 +125,22 @@ class ImpalaCNN(nn.Module):
 
 
 class IDM(nn.Module):
-    """Inverse dynamics model: o_{t-1}, o_t, o_{t+1} (B, 9, 64, 64) -> continuous latent (B, latent_dim)."""
+    """Inverse dynamics model: o_{t-1}, o_t, o_{t+1} (B, 9, 64, 64) -> continuous latent (B, latent_dim).
 
-    def __init__(self, scale, latent_dim, patch_size=1):
+    differences (not in the paper): it sees o_t - o_{t-1} and o_{t+1} - o_t alone, hence no scenery.
+    """
+
+    def __init__(self, scale, latent_dim, patch_size=1, differences=False):
         super().__init__()
-        self.network = ImpalaCNN(9, scale, patch_size)
+        self.differences = differences
+        self.network = ImpalaCNN(6 if differences else 9, scale, patch_size)
         self.head = nn.Linear(256, latent_dim)
 
+    def see(self, x):
+        return x[:, 3:] - x[:, :6] if self.differences else x
+
     def forward(self, x):
-        return self.head(self.network(x)).float()
+        return self.head(self.network(self.see(x))).float()
 
 
 class VQ(nn.Module):
@@ -236,12 +244,20 @@ class FDM(nn.Module):
         return frames[:, 3:] + x if self.predict_change else torch.tanh(x) / 2
 
 
+def shift(windows, step):
+    """Rolls each window (B, 9, 64, 64) by random multiples of `step` pixels, its frames alike."""
+    shifts = step * torch.randint(64 // step, (len(windows), 2))
+    rolled = [torch.roll(window, by, (1, 2)) for window, by in zip(windows, shifts.tolist())]
+    return torch.stack(rolled).contiguous(memory_format=torch.channels_last)
+
+
 def predict(idm, vq, fdm, windows):
     """Windows (B, 9, 64, 64) -> o^_{t+1} (B, 3, 64, 64), VQ loss, z before VQ (B, D), perplexity (N,).
 
-    Without VQ (vq is None, the paper's ablation) the FDM is given the continuous latents.
+    Without VQ (vq is None, the paper's ablation) the FDM is given the continuous latents. An IDM of
+    differences is trained on shifted windows, the FDM not: so latents cannot say where (not in the paper).
     """
-    z = idm(windows)
+    z = idm(shift(windows, 8 * fdm.P) if idm.differences and idm.training else windows)
     quantised, vq_loss, perplexity = z, torch.zeros((), device=z.device), torch.zeros(0)
     if vq:
         with torch.autocast(windows.device.type, enabled=False):  # VQ computes in float32
@@ -252,8 +268,10 @@ def predict(idm, vq, fdm, windows):
 def linear_probe(z, actions):
     """Balanced accuracy of ridge regression from latents (n, latent_dim) to true actions (n,), as in LAOM.
 
-    Fitted on the first half, scored on the second; chance is 1 / number of actions. For monitoring alone.
+    Fitted on the first half of those that have one (not -1), scored on the second; chance is 1 / number of
+    actions. For monitoring alone.
     """
+    z, actions = z[actions >= 0], actions[actions >= 0]
     half, probe = len(z) // 2, make_pipeline(StandardScaler(), RidgeClassifier(class_weight="balanced"))
     guess = probe.fit(z[:half], actions[:half]).predict(z[half:])
     with warnings.catch_warnings(action="ignore"):  # guesses of actions that do not occur in the second half
@@ -268,7 +286,9 @@ def measure(idm, vq, fdm, frames, t, device, autocast):
         windows = get_windows(frames, piece, device)
         with autocast:
             prediction, _, latents, _ = predict(idm, vq, fdm, windows)
-            active = (idm.network.conv(windows) > 0).float().mean()  # 0: a dead IDM, latents all the same
+            active = (
+                (idm.network.conv(idm.see(windows)) > 0).float().mean()
+            )  # 0: a dead IDM, latents all the same
         fdm_loss, copy_loss = (F.mse_loss(guess, windows[:, 6:]) for guess in (prediction, windows[:, 3:6]))
         sums += len(piece) / len(t) * np.array([fdm_loss.item(), copy_loss.item(), active.item()])
         z.append(latents.cpu().numpy())
@@ -320,8 +340,8 @@ def load_dataset(args):
                 if found != (args.env_id, (len(first), 64, 64, 3), "uint8") or len(windows[split]) < 2:
                     raise ValueError(f"{shards[s] / split} is {found}, {len(windows[split])} windows")
     except (OSError, ValueError, TypeError, KeyError) as e:
-        again = f"`python collect_expert_data.py --env-id {args.env_id}` makes one, --data-dir names another"
-        sys.exit(f"error: {data_dir} is no whole dataset of {args.env_id} ({e}): {again}")
+        again = f"`python collect_expert_data.py --env-id {args.env_id}` or import_videos.py makes one"
+        sys.exit(f"error: {data_dir} is no whole dataset of {args.env_id} ({e}): {again}; see --data-dir")
     return metas[0] | {"identity": "+".join(meta.get("identity", "") for meta in metas)}, frames, windows
 
 
@@ -533,7 +553,8 @@ if __name__ == "__main__":
     # networks
     torch.manual_seed(args.seed)
     latent_dim = args.vq_num_codebooks * args.vq_num_slots * args.vq_dim
-    idm = IDM(args.idm_scale, latent_dim, args.patch_size).to(device, memory_format=torch.channels_last)
+    idm = IDM(args.idm_scale, latent_dim, args.patch_size, args.idm_differences)
+    idm = idm.to(device, memory_format=torch.channels_last)
     vq_sizes = args.vq_num_codebooks, args.vq_num_slots, args.vq_dim, args.vq_num_codes
     vq = VQ(*vq_sizes, args.vq_commitment, args.vq_decay).to(device)
     fdm = FDM(latent_dim, args.fdm_width, args.predict_change, args.patch_size)
@@ -554,7 +575,7 @@ if __name__ == "__main__":
     try:
         actions = frames["test"].labels("actions")[t_test]
     except OSError:
-        actions = None
+        actions = np.full(1, -1)
 
     done, curve = state.get("step", 0), state.get("curve", [])
     warmed_up = [0, args.warmup_updates, max(args.warmup_updates + 1, args.num_updates)]
@@ -588,7 +609,7 @@ if __name__ == "__main__":
         if RANK == 0 and (step % args.eval_every == 0 or step == args.num_updates):
             modules.eval()
             test, z = measure(*networks, frames["test"], t_test, device, autocast)
-            if actions is not None:
+            if (actions >= 0).sum() > 1:
                 test["probe/balanced_accuracy"] = linear_probe(z, actions)
             modules.train()
             for name, value in test.items():

@@ -20,23 +20,22 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
-import gym_notices.notices
+import gymnasium
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import tyro
 from filelock import FileLock
+from gymnasium.envs.toy_text.frozen_lake import generate_random_map
+from gymnasium.wrappers.utils import RunningMeanStd
+from PIL import Image
 from torch.distributions.categorical import Categorical
 from torch.utils.benchmark import Timer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-
-gym_notices.notices.notices.clear()  # else procgen's import of gym prints four lines about gym's future
-from gym.wrappers.normalize import RunningMeanStd  # noqa: E402
-from procgen import ProcgenGym3Env  # noqa: E402
-from procgen.env import ENV_NAMES  # noqa: E402
 
 FORMAT_VERSION = 4  # of checkpoints
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
@@ -46,7 +45,7 @@ tqdm = partial(tqdm, disable=RANK > 0)  # one bar, rank 0's
 @dataclass
 class Args:
     # what
-    env_id: str = "bossfight"  # the Procgen game, one of the 16
+    env_id: str = "bossfight"  # one of Procgen's 16 games, or a gymnasium world that draws itself
     exp_name: str = Path(__file__).stem  # the run folder is RUNS_DIR/ENV_ID__EXP_NAME__SEED
     seed: int = 1  # seed of the experiment
     # data
@@ -120,7 +119,7 @@ class ImpalaCNN(nn.Module):
 
 
 class Agent(nn.Module):
-    """PPO's actor-critic on an IMPALA-CNN. Observations are (B, 64, 64, 3) uint8, as Procgen gives them."""
+    """PPO's actor-critic on an IMPALA-CNN: (B, 64, 64, 3) uint8 -> logits (B, A), values (B,)."""
 
     def __init__(self, scale, patch_size=1, num_actions=15):
         super().__init__()
@@ -134,7 +133,7 @@ class Agent(nn.Module):
     def forward(self, obs):
         # HWC memory seen as (B, 3, 64, 64) is channels-last already: no copy
         hidden = self.network(obs.permute(0, 3, 1, 2).float() / 255 - 0.5)
-        return self.actor(hidden).float(), self.critic(hidden).float().squeeze(-1)  # (B, 15), (B,)
+        return self.actor(hidden).float(), self.critic(hidden).float().squeeze(-1)  # (B, A), (B,)
 
 
 class RewardNormalizer:
@@ -169,7 +168,7 @@ def compute_gae(rewards, values, dones, next_value, next_done, gamma, gae_lambda
 
 
 def ppo_loss(logits, newvalue, actions, logprobs, advantages, returns, values, args):
-    """PPO's loss (Schulman et al. 2017, equation 9) of logits (B, 15) and the rest (B,), and what to log."""
+    """PPO's loss (Schulman et al. 2017, equation 9) of logits (B, A) and the rest (B,), and what to log."""
     action_dist = Categorical(logits=logits, validate_args=False)  # the loop refuses NaN
     logratio = action_dist.log_prob(actions) - logprobs
     ratio = logratio.exp()
@@ -186,15 +185,97 @@ def ppo_loss(logits, newvalue, actions, logprobs, advantages, returns, values, a
     return loss, torch.stack([pg_loss, v_loss, entropy_loss, approx_kl, clipfrac]).detach()
 
 
+class Worlds:
+    """Gymnasium worlds with discrete actions, in step, with the interface of Procgen's games: seen as drawn.
+
+    An episode has a key, which gives its level, that is the seed of its reset, and the key of the next one. A
+    world's state is the key and the actions since. On FrozenLake a level is a map; one starts anywhere there.
+    An episode's last picture is shown as well: the action taken on it only begins the next one.
+    """
+
+    def __init__(self, env_id, num, num_levels, start_level, seed):
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # opens no window
+        self.make = partial(gymnasium.make, env_id, render_mode="rgb_array", disable_env_checker=True)
+        self.num, self.start_level, self.num_levels = num, start_level, num_levels or 2**31 - 1 - start_level
+        self.envs, self.past, self.lakes = [self.make() for _ in range(num)], [[]] * num, "Lake" in env_id
+        self.reward, self.over, self.first = np.zeros(num), np.zeros(num, bool), np.ones(num, bool)
+        self.num_actions = int(self.envs[0].action_space.n)
+        self.callmethod("set_state", np.random.default_rng(seed).integers(2**62, size=(num, 1)).tolist())
+
+    def begin(self, e, key, *actions):
+        self.past[e], level = [key, *actions], self.start_level + key % self.num_levels
+        if self.lakes:
+            rows = np.rot90([list(row) for row in generate_random_map(4, seed=level)], level)
+            self.envs[e] = self.make(desc=["".join(row) for row in rows], is_slippery=False)
+        self.envs[e].reset(seed=level)
+        if self.lakes:  # some safe steps away from the start
+            lake, rng = self.envs[e].unwrapped, np.random.default_rng(key)
+            lake.window_size, lake.cell_size = (128, 128), (32, 32)  # half of its own: drawn faster
+            for _ in range(rng.integers(16)):
+                ahead = [new for ((_, new, *_),) in lake.P[lake.s].values()]
+                lake.s = rng.choice([s for s in ahead if lake.desc.flat[s] in b"SF"])
+        self.over[e] = any([any(self.envs[e].step(action)[2:4]) for action in actions])
+
+    def act(self, actions):
+        for e, action in enumerate(actions.tolist()):
+            self.first[e], self.reward[e] = self.over[e], 0
+            if self.over[e]:
+                self.begin(e, int(np.random.default_rng(self.past[e][0]).integers(2**62)))
+            else:
+                self.past[e].append(action)
+                _, self.reward[e], *ends, _ = self.envs[e].step(action)
+                self.over[e] = any(ends)
+
+    def observe(self):
+        pictures = [Image.fromarray(env.render()).resize((64, 64), Image.BOX) for env in self.envs]
+        return self.reward.copy(), {"rgb": np.stack(pictures)}, self.first.copy()
+
+    def callmethod(self, name, states=()):
+        for e, state in enumerate(states):  # set_state
+            self.begin(e, *state)
+        return [list(past) for past in self.past]  # get_state
+
+    def close(self):
+        pass  # theirs end pygame, for others too
+
+
 def make_env(env_id, num_envs, num_levels, start_level, seed):
-    """Procgen, easy: act(actions), observe() -> reward (E,), {"rgb": (E, 64, 64, 3) uint8}, first (E,)."""
-    levels = {"distribution_mode": "easy", "num_levels": num_levels, "start_level": start_level}
-    return ProcgenGym3Env(num_envs, env_id, rand_seed=seed, num_threads=min(4, os.cpu_count()), **levels)
+    """E games: act(actions), observe() -> reward (E,), {"rgb": (E, 64, 64, 3) uint8}, first (E,).
+
+    Procgen, easy, is procgen's up to Python 3.12, then procgen-gym's: the same games, without gym and gym3.
+    """
+    levels = {"num_levels": num_levels, "start_level": start_level}
+    if env_id in gymnasium.registry:
+        return Worlds(env_id, num_envs, seed=seed, **levels)
+    if sys.version_info < (3, 13):
+        import gym_notices.notices
+
+        gym_notices.notices.notices.clear()  # else the next import prints four lines about gym's future
+        from procgen import env as procgen
+    else:
+        from procgen_gym import env as procgen
+    if env_id not in procgen.ENV_NAMES:
+        worlds = f"{', '.join(procgen.ENV_NAMES)}, or a world of gymnasium"
+        sys.exit(f"error: --env-id {env_id} is nothing to play: choose {worlds}")
+    levels |= {"distribution_mode": "easy", "rand_seed": seed, "num_threads": min(4, os.cpu_count())}
+    if sys.version_info < (3, 13):
+        env = procgen.ProcgenGym3Env(num_envs, env_id, **levels)
+    else:  # with the interface of gym3, too
+        games = procgen.ProcgenVecEnv(num_envs, env_id, **levels)
+
+        def observe():
+            first, obs, reward, _ = games._clib.observe()
+            return reward, obs, first.astype(bool)
+
+        env = SimpleNamespace(num=num_envs, act=games._clib.act, observe=observe, close=games.close)
+        env.callmethod = lambda name, *states: getattr(games, name)(*states)
+    env.num_actions = 15
+    return env
 
 
 @torch.inference_mode()
 def evaluate(policy, env, num_episodes, generator, run):
-    """Returns (num_episodes,) of games with actions drawn from softmax(policy(obs, episode)), (B, 15).
+    """Returns (num_episodes,) of games with actions drawn from softmax(policy(obs, episode)), (B, A).
 
     An env that ends its episode begins the next in line; every episode counts, however long.
     """
@@ -406,8 +487,6 @@ class Run:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    if args.env_id not in ENV_NAMES:
-        sys.exit(f"error: --env-id {args.env_id} is no Procgen game: choose one of {', '.join(ENV_NAMES)}")
     T, E = args.num_steps, args.num_envs // WORLD_SIZE  # the games of this process
     n = len(range(RANK, args.eval_episodes, WORLD_SIZE))  # its share of the episodes
     if min(T, E, args.num_minibatches, args.update_epochs, n, args.eval_episodes - 1) < 1:
@@ -417,15 +496,16 @@ if __name__ == "__main__":
         rollout = f"{T} steps x {args.num_envs} envs / {WORLD_SIZE} processes"
         sys.exit(f"error: --num-minibatches {args.num_minibatches} does not divide {rollout}")
     levels = args.num_levels, args.start_level
+    env = make_env(args.env_id, E, *levels, args.seed + RANK)
     run = Run(args)
     run.meta |= {"num_levels": args.num_levels, "start_level": args.start_level}
     device = (torch.accelerator.current_accelerator(True) if args.cuda else None) or torch.device("cpu")
 
     torch.manual_seed(args.seed)
-    agent = Agent(args.scale, args.patch_size).to(device, memory_format=torch.channels_last)
+    agent = Agent(args.scale, args.patch_size, A := env.num_actions)
+    agent = agent.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     normalize_reward = RewardNormalizer(E, args.gamma)
-    env = make_env(args.env_id, E, *levels, args.seed + RANK)
     next_obs, next_done = torch.tensor(env.observe()[1]["rgb"], device=device), torch.zeros(E, device=device)
     autocast = choose_precision(args, device, lambda: agent(next_obs)[0].square().mean().backward())
 
@@ -516,7 +596,7 @@ if __name__ == "__main__":
     play = [make_env(args.env_id, min(E, n), *levels, args.seed + 1000 + RANK) for _ in range(2)]
     with autocast:
         returns = evaluate(lambda obs, _: agent(obs)[0], play[0], n, generator, run)
-    at_random = evaluate(lambda obs, _: torch.zeros(len(obs), 15, device=device), play[1], n, generator, run)
+    at_random = evaluate(lambda obs, _: torch.zeros(len(obs), A, device=device), play[1], n, generator, run)
     returns, at_random, n = *(np.concatenate(gathered(x)) for x in (returns, at_random)), args.eval_episodes
     run.meta["returns"] = returns.tolist()  # in the checkpoint, too
     results = {"return_mean": float(returns.mean()), "return_stderr": float(returns.std(ddof=1) / n**0.5)}

@@ -3,6 +3,7 @@
 # makes them small. The scripts' defaults are the paper's settings; docs/quickstart.md says why each flag is
 # here. Interrupted (Ctrl-C), the same command goes on.
 #     ./quickstart.sh [ENV_ID]            any game with a demonstrator in experts/
+#     ./quickstart.sh FrozenLake-v1       a small world in two minutes (docs/small-worlds.md)
 #     SEED=2 ./quickstart.sh [ENV_ID]     another seed
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -12,7 +13,7 @@ PYTHON=${PYTHON:-python}
 OUT=runs/quickstart/${ENV_ID}__$SEED # the dataset, the stages' run folders, report.png and results.json
 COMMON=(--env-id "$ENV_ID" --seed "$SEED" --runs-dir "$OUT" --data-dir "$OUT/data")
 
-if [ ! -f "experts/$ENV_ID.pt" ]; then
+if [ ! -f "experts/$ENV_ID.pt" ] && [ "$ENV_ID" != FrozenLake-v1 ]; then
     have=$(cd experts && ls -- *.pt | sed 's/\.pt$//' | paste -sd' ')
     echo "error: no demonstrator experts/$ENV_ID.pt (there is: $have): train one with" \
         "\`python ppo_procgen.py --env-id $ENV_ID\` and copy its checkpoint.pt to experts/$ENV_ID.pt" >&2
@@ -41,6 +42,21 @@ stage() { # script flags...: runs it, unless it is finished; one that was interr
     if [ $status -ne 0 ]; then exit $status; fi
 }
 
+if [ "$ENV_ID" = FrozenLake-v1 ]; then
+    stage collect_expert_data.py "${COMMON[@]}" --demonstrator value_iteration --num-levels 16 \
+        --num-train-frames 4096 --num-test-frames 512 --num-envs 32
+    stage lapo_pretrain.py "${COMMON[@]}" \
+        --num-updates 600 --batch-size 32 --learning-rate 1e-3 --warmup-updates 100 \
+        --idm-differences --no-vq --vq-num-codebooks 1 --vq-num-slots 1 --vq-dim 4 \
+        --patch-size 2 --idm-scale 0.5 --fdm-width 8 --predict-change --eval-every 100 --eval-windows 1024
+    stage lapo_bc.py "${COMMON[@]}" \
+        --num-updates 1200 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 --eval-every 250 \
+        --policy-scale 0.5
+    stage lapo_decode.py "${COMMON[@]}" --num-labels 16 --eval-episodes 50 --temperature 0.5 \
+        --decoder-updates 200 --cloning-updates 200 --policy-batch-size 64
+    stage first.py "${COMMON[@]}"
+    exit
+fi
 stage collect_expert_data.py "${COMMON[@]}" --expert-checkpoint "experts/$ENV_ID.pt" \
     --num-train-frames 65536 --num-test-frames 8192
 stage lapo_pretrain.py "${COMMON[@]}" \

@@ -17,7 +17,7 @@ import torch
 import tyro
 
 from lapo_bc import get_windows, load_checkpoint, load_dataset
-from lapo_inspect import build_networks, encode, load_labels, plot_by_move, to_pixels
+from lapo_inspect import action_names, build_networks, encode, load_labels, plot_by_action, to_pixels
 from lapo_pretrain import predict
 
 BLUE, ORANGE, GREEN, DARK, GREY = "#0072B2", "#D55E00", "#009E73", "#333333", "#999999"  # Okabe and Ito's
@@ -136,7 +136,7 @@ if __name__ == "__main__":
     plot_bars(fig.add_subplot(grid[1, 0]), decode)
     plot_returns(fig.add_subplot(grid[1, 1]), decode)
     ax = fig.add_subplot(grid[1, 2])
-    plot_by_move(ax, encode(*networks[:2], frames["test"], t, "cpu")[1], labels)
+    plot_by_action(ax, encode(*networks[:2], frames["test"], t, "cpu")[1], labels, action_names(data))
     ax.set_title("Latents of test frames, by true action")
     plot_predictions(fig.add_subplot(grid[2, :]), networks, frames["test"], t)
     fig.savefig(runs / "report.png", dpi=80, bbox_inches="tight")

@@ -27,6 +27,9 @@ import torch  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 from torch.utils import tensorboard  # noqa: E402
 
+OLD = sys.version_info < (3, 13)
+games = importlib.import_module("procgen.env" if OLD else "procgen_gym.env")  # whence Procgen's games come
+ENV_NAMES, GAMES = games.ENV_NAMES, "ProcgenGym3Env" if OLD else "CLibenv"  # the class to watch them by
 torch.set_num_threads(1)
 STAGES = "ppo_procgen collect_expert_data lapo_pretrain lapo_bc lapo_decode lapo_finetune_ppo".split()
 ppo, collect, pretrain, bc, decode, finetune = (importlib.import_module(name) for name in STAGES)
@@ -164,6 +167,13 @@ def refusal(cwd, script, *flags):
     message = caught.value.code
     assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message, message
     return message
+
+
+def look(env):
+    """What an instance of GAMES shows: observations (E, 64, 64, 3), first (E,)."""
+    seen = env.observe()
+    obs, first = (seen[1], seen[2]) if len(seen) == 3 else (seen[1], seen[0])
+    return obs["rgb"].copy(), first.astype(bool)
 
 
 class Killed(BaseException):

@@ -10,21 +10,21 @@ import signal
 import sys
 from pathlib import Path
 
-import procgen
 import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 RANK, seen = int(os.environ["RANK"]), {}
+from conftest import GAMES, games, look  # noqa: E402
 
 
-class Recorder(procgen.ProcgenGym3Env):
+class Recorder(getattr(games, GAMES)):
     """Notes what the first games of a process look like at their start."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        seen.setdefault("obs", torch.from_numpy(self.observe()[1]["rgb"].copy()))
+        seen.setdefault("obs", torch.from_numpy(look(self)[0]))
 
 
 def interrupt(step=torch.optim.Adam.step, count=[0]):  # noqa: B006
@@ -62,7 +62,8 @@ if __name__ == "__main__":
     if script == "update":
         update()
     else:
-        procgen.ProcgenGym3Env, sys.argv[0] = Recorder, f"{script}.py"
+        setattr(games, GAMES, Recorder)
+        sys.argv[0] = f"{script}.py"
         ended = runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
         parts = {name: ended[name] for name in ("idm", "vq", "fdm", "policy", "agent") if name in ended}
         seen |= {name: part.state_dict() for name, part in parts.items()}

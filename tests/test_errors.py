@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    ENV_ID, FRESH, INPUT, READERS, STAGES, TOY, link_tree, load, refusal, replace, run_dir, snapshot,
+    ENV_ID, ENV_NAMES, FRESH, INPUT, READERS, STAGES, TOY, link_tree, load, refusal, replace, run_dir,
+    snapshot,
 )  # fmt: skip
-from procgen.env import ENV_NAMES
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ import numpy as np
 import plot
 import pytest
 import torch
-from conftest import bc, collect, decode, finetune, ppo, pretrain
-from procgen.env import ENV_NAMES
+from conftest import ENV_NAMES, bc, collect, decode, finetune, ppo, pretrain
 
 SCORES = """bigfish 0.8743 36.3362 heist 3.0759 9.6853 bossfight 0.0462 11.6344 jumper 3.4105 8.4602
 caveflyer 2.5971 9.1836 leaper 2.5105 7.4083 chaser 0.6632 9.9557 maze 4.2726 9.9693 climber 2.2243 10.2336

@@ -3,13 +3,12 @@
 import json  # noqa: I001
 
 import numpy as np
-import procgen
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
-    ENV_ID, NO_SL, RUNS, STAGES, TOY, bc, decode, finetune, inline, link_tree, load, ppo, pretrain, replace,
-    results_of, run_dir, same_tensors, scalars, tensors,
+    ENV_ID, GAMES, NO_SL, RUNS, STAGES, TOY, bc, decode, finetune, games, inline, link_tree, load, look, ppo,
+    pretrain, replace, results_of, run_dir, same_tensors, scalars, tensors,
 )  # fmt: skip
 
 HOLDS = {  # stage: what its checkpoint holds beside what all hold, what its logs hold, their last step
@@ -224,11 +223,10 @@ def test_online_decoder_sees_aligned_transitions_of_one_episode(work, monkeypatc
     """A pair is the IDM's latent of three consecutive frames of an episode and the action at their middle."""
     frames, actions, firsts, latents, fitted, original = [], [], [], {}, [], F.cross_entropy
 
-    class Recorder(procgen.ProcgenGym3Env):
+    class Recorder(getattr(games, GAMES)):
         def act(self, action):
             if self.num == 16:
-                _, obs, first = self.observe()
-                for rows, row in ((frames, obs["rgb"]), (firsts, first), (actions, action)):
+                for rows, row in zip((frames, firsts, actions), (*look(self), action)):
                     rows.append(row.copy())
             super().act(action)
 
@@ -243,7 +241,7 @@ def test_online_decoder_sees_aligned_transitions_of_one_episode(work, monkeypatc
         fitted[-1][1] = target.clone()
         return original(logits, target, **kwargs)
 
-    monkeypatch.setattr(procgen, "ProcgenGym3Env", Recorder)
+    monkeypatch.setattr(games, GAMES, Recorder)
     monkeypatch.setattr(F, "cross_entropy", cross_entropy)
     flags = ["--exp-name", "recorded", "--decoder-epochs", "1", "--eval-episodes", "2"]
     with torch.nn.modules.module.register_module_forward_hook(watch):

@@ -1,0 +1,223 @@
+"""Small worlds of gymnasium, Procgen's games on every Python, and datasets that nobody can play."""
+
+import hashlib
+import json
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    ADAM_STEP,
+    ENV_ID,
+    ENV_NAMES,
+    NOW,
+    ROOT,
+    TOY,
+    inline,
+    interrupted,
+    load,
+    ppo,
+    pretrain,
+    refusal,
+    replace,
+    run_dir,
+    same_tensors,
+)  # fmt: skip
+from gymnasium.envs.toy_text.frozen_lake import generate_random_map
+from PIL import Image
+
+import first
+
+GAMES_SEEN = json.loads((ROOT / "tests" / "games.json").read_text())
+
+
+def play(env, num_actions, steps, seed=0):
+    """What random play sees: observations, rewards, first, actions, each (steps, E, ...)."""
+    rng, rows = np.random.default_rng(seed), []
+    for _ in range(steps):
+        reward, obs, first = env.observe()
+        action = rng.integers(num_actions, size=env.num).astype(np.int32)
+        rows.append((obs["rgb"].copy(), np.float32(reward), np.array(first, dtype=bool), action))
+        env.act(action)
+    return [np.array(part) for part in zip(*rows)]
+
+
+@pytest.mark.parametrize("game", ENV_NAMES)
+def test_procgen_is_the_same_everywhere(game):
+    """200 frames of each game, with rewards and ends of episodes, from procgen and from procgen-gym."""
+    env = ppo.make_env(game, 4, 16, 0, 1)
+    obs, rewards, first, _ = play(env, env.num_actions, 50)
+    env.close()
+    assert env.num_actions == 15 and first[0].all()
+    digests = [hashlib.blake2b(x.tobytes(), digest_size=8).hexdigest() for x in (obs, rewards, first)]
+    seen, *rest = GAMES_SEEN[game]
+    assert (
+        digests[1:] == rest and digests[0] in seen
+    )  # two where the packages' Qt draws a few pixels otherwise
+
+
+def test_worlds_against_a_slow_form():
+    """Frames, rewards, ends are those of a world stepped by hand; the action on a last picture is ignored."""
+    env = ppo.make_env("CartPole-v1", 3, 5, 100, 7)
+    obs, rewards, first, actions = play(env, env.num_actions, 60)
+    assert env.num_actions == 2 and obs.shape == (60, 3, 64, 64, 3) and first[1:].sum() > 3
+    for e in range(3):
+        world, starts, begins, last = gymnasium.make("CartPole-v1", render_mode="rgb_array"), [], True, False
+        for t in range(60):
+            assert first[t, e] == begins
+            if begins:  # which of the five levels looks like this?
+                looks = [(world.reset(seed=level), seen(world))[1] for level in range(100, 105)]
+                starts.append(next(i for i, x in enumerate(looks) if np.array_equal(x, obs[t, e])))
+                world.reset(seed=100 + starts[-1])
+                last = False
+            assert np.array_equal(seen(world), obs[t, e])
+            begins, reward = last, 0
+            if not last:
+                _, reward, terminated, truncated, _ = world.step(int(actions[t, e]))
+                last = terminated or truncated
+            assert t == 59 or reward == rewards[t + 1, e]
+    assert len(set(starts)) > 1
+
+
+def seen(world):
+    return np.asarray(Image.fromarray(world.render()).resize((64, 64), Image.BOX))
+
+
+def test_the_state_of_worlds():
+    """set_state(get_state()) goes on as if nothing had been, also in the episodes after that."""
+    env = ppo.make_env("FrozenLake-v1", 4, 0, 0, 3)
+    play(env, 4, 7)
+    state, there = env.callmethod("get_state"), play(env, 4, 40, seed=1)
+    env.callmethod("set_state", json.loads(json.dumps(state)))
+    again = play(env, 4, 40, seed=1)
+    assert np.array_equal(there[0], again[0]) and np.array_equal(there[2][1:], again[2][1:])
+    other = ppo.make_env("FrozenLake-v1", 4, 0, 0, 3)
+    other.callmethod("set_state", [state[0]] * 4)
+    frames = other.observe()[1]["rgb"]
+    assert (frames == frames[0]).all() and np.array_equal(frames[0], there[0][0, 0])
+
+
+def test_frozen_lake_has_maps_and_starts():
+    """A level is gymnasium's map of that seed, turned; one starts on any cell from which one can go on."""
+    env = ppo.make_env("FrozenLake-v1", 8, 0, 0, 0)
+    corners, starts = set(), set()
+    for level in range(8):
+        env.start_level, env.num_levels = level, 1
+        for key in range(8):
+            env.begin(0, key)
+            lake = env.envs[0].unwrapped
+            assert lake.desc.flat[lake.s] in b"SF"
+            starts.add(int(lake.s))
+        rows = np.array([list(row) for row in generate_random_map(4, seed=level)])
+        assert np.array_equal(lake.desc.astype(str), np.rot90(rows, level)) and len(lake.P[5][0]) == 1
+        corners.add(int(np.flatnonzero(lake.desc.ravel() == b"S")[0]))
+    assert corners == {0, 3, 12, 15} and len(starts) > 12
+
+
+@pytest.mark.parametrize(
+    "env_id, rule", [("FrozenLake-v1", "value_iteration"), ("CartPole-v1", "linear_rule")]
+)
+def test_rules_as_demonstrators(tmp_path, env_id, rule):
+    """Value iteration always reaches the goal; the linear rule does not let the pole fall in 60 steps."""
+    flags = (
+        f"--env-id {env_id} --demonstrator {rule} --num-envs 2 --num-train-frames 120 --num-test-frames 10"
+    )
+    inline(tmp_path, "collect_expert_data", *flags.split(), "--num-levels", "4")
+    data = tmp_path / "data" / env_id
+    meta = json.loads((data / "meta.json").read_text())
+    rewards, first = (np.load(data / "train" / f"{name}.npy") for name in ("rewards", "first"))
+    assert meta["num_actions"] == {"FrozenLake-v1": 4, "CartPole-v1": 2}[env_id] and meta["num_levels"] == 4
+    if env_id == "FrozenLake-v1":
+        assert meta["demonstrator"]["return_mean"] == 1 and meta["demonstrator"]["episodes"] > 5
+        assert 0 <= rewards.sum() - meta["demonstrator"]["episodes"] <= 2  # the last rows may end some, too
+    else:
+        assert first.sum() == 2 and meta["demonstrator"] == {} and rewards[1:].all()
+    wrong = refusal(tmp_path, "collect_expert_data", "--env-id", "coinrun", "--demonstrator", rule)
+    assert rule in wrong and "coinrun" in wrong
+
+
+def test_all_stages_in_a_small_world(tmp_path):
+    """PPO to fine-tuning on CartPole, two actions in every head; a stopped PPO run ends as if it were not."""
+    swap = {
+        ENV_ID: "CartPole-v1",
+        f"runs/{ENV_ID}__ppo_procgen__1/checkpoint.pt": "runs/CartPole-v1__ppo_procgen__1/checkpoint.pt",
+    }
+    toy = {stage: [swap.get(flag, flag) for flag in flags] for stage, flags in TOY.items()}
+    for stage, flags in toy.items():
+        inline(tmp_path, stage, *flags)
+    runs = tmp_path / "runs"
+    agents = {stage: load(runs / f"CartPole-v1__{stage}__1" / "checkpoint.pt") for stage in TOY}
+    assert len(agents["ppo_procgen"]["agent"]["actor.bias"]) == 2
+    assert len(agents["lapo_finetune_ppo"]["agent"]["actor.bias"]) == 2
+    assert len([*agents["lapo_decode"]["decoder"].values()][-1]) == 2
+    flags = *toy["ppo_procgen"], *NOW, "--exp-name", "stopped"
+    assert interrupted(tmp_path, "ppo_procgen", *flags, **ADAM_STEP, n=30) == 130
+    inline(tmp_path, "ppo_procgen", *flags)
+    assert same_tensors(
+        runs / "CartPole-v1__stopped__1" / "checkpoint.pt",
+        runs / "CartPole-v1__ppo_procgen__1" / "checkpoint.pt",
+    )
+
+
+def test_decoding_what_nobody_can_play(work):
+    """Partly labelled, without a demonstrator: accuracies on the test split's labels, as counted by hand."""
+    data, rng = work / "data" / ENV_ID, np.random.default_rng(0)
+    meta = json.loads((data / "meta.json").read_text())
+    replace(data / "meta.json", json.dumps(meta | {"demonstrator": {}}))
+    for split in ("train", "test"):
+        actions = np.load(data / split / "actions.npy")
+        actions[rng.random(len(actions)) < 0.7] = -1
+        (data / split / "actions.npy").unlink()
+        np.save(data / split / "actions.npy", actions)
+    inline(work, "lapo_decode", *TOY["lapo_decode"], "--overwrite")
+    results = json.loads((work / run_dir("lapo_decode") / "results.json").read_text())
+    rows = {(row["method"], row["n_labels"]): row for row in results["curve"]}
+    assert len(rows) == 6 and "demonstrator" not in results
+    first = np.load(data / "test" / "first.npy")
+    t = np.flatnonzero(~first[1:-1] & ~first[2:]) + 1
+    t = t[actions[t] >= 0]
+    assert results["num_test_frames"] == len(t) and 30 < len(t) < 150
+    share = np.bincount(actions[t], minlength=15) / len(t)
+    for n in (16, 32):
+        row = rows["majority_action", n]
+        assert all(np.isclose(share, accuracy).any() for accuracy in row["accuracies"])
+        assert np.log(15) - 1 < row["cross_entropy_mean"] < np.log(15) + 1
+        assert row["accuracy_mean"] == pytest.approx(np.mean(row["accuracies"]))
+    for split in ("train", "test"):
+        refused = work / "data" / ENV_ID / split / "actions.npy"
+        actions = np.load(refused)
+        refused.unlink()
+        message = refusal(work, "lapo_decode", *TOY["lapo_decode"], "--exp-name", "refused")
+        assert str(refused.relative_to(work)) in message
+        np.save(refused, actions)
+
+
+def test_an_idm_of_differences():
+    """It sees no scenery; it is trained on windows rolled by strides, and evaluated on them as they are."""
+    torch.manual_seed(0)
+    idm, seen = pretrain.IDM(0.25, 2, 2, differences=True), []
+    windows, scenery = torch.rand(64, 9, 64, 64) - 0.5, torch.rand(64, 3, 64, 64).repeat(1, 3, 1, 1)
+    assert torch.equal(idm.see(windows)[:, 3:], windows[:, 6:] - windows[:, 3:6])
+    torch.testing.assert_close(idm(windows + scenery), idm(windows), atol=1e-5, rtol=0)
+    rolled = pretrain.shift(windows, 16)
+    moves = {tuple(16 * m for m in divmod(i, 4)) for i in range(16)}
+    found = [[m for m in moves if torch.equal(torch.roll(w, m, (1, 2)), r)] for w, r in zip(windows, rolled)]
+    assert all(len(m) == 1 for m in found) and len({m for (m,) in found}) > 10
+    fdm = pretrain.FDM(2, 4, patch_size=2)
+    idm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    for mode in (True, False):
+        idm.train(mode)
+        pretrain.predict(idm, None, fdm, windows)
+    assert not torch.equal(seen[0], windows) and torch.equal(seen[1], windows)
+
+
+def test_clusters_of_latents():
+    """Purity and NMI are 1 where latents name the action, chance's if shuffled; still steps do not count."""
+    rng = np.random.default_rng(0)
+    actions, moved = rng.integers(4, size=400), rng.random(400) < 0.9
+    z = np.where(moved[:, None], 5 * np.eye(5)[actions], 5 * np.eye(5)[4]) + 0.1 * rng.normal(size=(400, 5))
+    clusters, nearest, purity, nmi = first.cluster(z, 5, actions, moved)
+    assert purity == 1 and nmi == pytest.approx(1) and sorted(clusters[nearest]) == [0, 1, 2, 3, 4]
+    _, _, purity, nmi = first.cluster(z, 5, rng.permutation(actions), moved)
+    assert purity < 0.4 and nmi < 0.1
