@@ -218,3 +218,31 @@ def test_refusals(tmp_path, monkeypatch):
     assert "windows" in refusal(tmp_path, SCRIPT, "short", "--env-id", "c")
     monkeypatch.setattr(shutil, "copyfileobj", lambda *_: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
     assert "12.3 kB" in refusal(tmp_path, SCRIPT, "films", "--env-id", "d")
+
+
+def test_from_films_to_latents_that_tell_the_motion(tmp_path):
+    """A square's film, its motions labelled: latents learned without labels separate the four of them."""
+    names, labels = ["left", "right", "up", "down"], ["video,frame,action"]
+    for i in range(4):
+        frames = write_film(tmp_path / "films" / f"{i}.mp4", moving(200, seed=i))
+        white = np.array([np.argwhere(x[..., 0])[0] for x in frames])  # its upper left corner (row, column)
+        for t, (down, right) in enumerate(np.diff(white, axis=0)):
+            if down or right:
+                labels.append(f"{i}.mp4,{t},{names[[right < 0, right > 0, down < 0, down > 0].index(True)]}")
+    (tmp_path / "labels.csv").write_text("\n".join(labels))
+    got = run(tmp_path, "--labels", "labels.csv", "--num-test-frames", 200)
+    assert got.meta["action_names"] == sorted(names) and (got.actions < 0).any()  # none where a wall was
+    small = "--env-id my_videos --no-cuda --no-bf16 --patch-size 4"
+    narrow = "--idm-differences --no-vq --vq-num-codebooks 1 --vq-num-slots 1 --vq-dim 2 --predict-change"
+    sizes = "--num-updates 120 --batch-size 32 --learning-rate 2e-3 --warmup-updates 20 --eval-every 120"
+    flags = f"{small} {narrow} {sizes} --idm-scale 0.5 --fdm-width 8".split()
+    inline(tmp_path, "lapo_pretrain", *flags)
+    results = json.loads((tmp_path / "runs/my_videos__lapo_pretrain__1/results.json").read_text())
+    assert results["test/fdm_loss"] < results["test/copy_last_frame_loss"]
+    assert results["probe/balanced_accuracy"] > 0.4  # chance: 0.25
+    inline(tmp_path, "lapo_inspect", "--env-id", "my_videos", "--rollout-steps", 2, "--eval-windows", 128)
+    results = json.loads((tmp_path / "runs/my_videos__lapo_inspect__1/results.json").read_text())
+    assert results["missing"] == ["codebooks", "lapo_decode", "lapo_finetune_ppo"]
+    assert np.shape(results["groups"]["actions"])[1] == 4
+    for tool in ("lapo_play", "ppo_procgen"):
+        assert "my_videos" in refusal(tmp_path, tool, "--env-id", "my_videos")
