@@ -27,7 +27,8 @@ import torch  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 from torch.utils import tensorboard  # noqa: E402
 
-OLD = sys.version_info < (3, 13)
+if OLD := sys.version_info < (3, 13):
+    importlib.import_module("gym_notices.notices").notices.clear()  # gym's lines about its future
 games = importlib.import_module("procgen.env" if OLD else "procgen_gym.env")  # whence Procgen's games come
 ENV_NAMES, GAMES = games.ENV_NAMES, "ProcgenGym3Env" if OLD else "CLibenv"  # the class to watch them by
 torch.set_num_threads(1)
