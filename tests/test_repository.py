@@ -20,7 +20,7 @@ SCRIPTS = sorted([*ROOT.glob("*.py"), *ROOT.glob("benchmark/*.py")])
 LINES = {  # at most; of stages 80 for several processes, 15 for shards, 85 for other worlds
     "lapo_bc.py": 475, "lapo_pretrain.py": 630, "lapo_decode.py": 765, "lapo_finetune_ppo.py": 775,
     "collect_expert_data.py": 555, "ppo_procgen.py": 615, "import_videos.py": 360, "README.md": 250,
-    "CONTRIBUTING.md": 40, "tests/*.py": 3050, "benchmark/*.py": 1500,
+    "CONTRIBUTING.md": 40, "tests/*.py": 3100, "benchmark/*.py": 1500,
 }  # fmt: skip
 
 
