@@ -14,7 +14,7 @@ import plot
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ENV_ID, RUNS, TOY, inline, link_tree, load, pretrain, refusal, results_of, run_dir
+from conftest import ENV_ID, OLD, RUNS, TOY, inline, link_tree, load, pretrain, refusal, results_of, run_dir
 
 import lapo_inspect
 import lapo_play
@@ -264,8 +264,9 @@ def test_throughput(tmp_path):
     """throughput.py measures, prints and writes its rows; rows of stages that were not measured stay."""
     out, kept = tmp_path / "t.json", {"stage": "clone", "shapes": "paper", "rate": 7}
     out.write_text(json.dumps({"rows": [kept]}))
-    flags = ["--rounds", "1", "--seconds", "0.01", "--no-bf16", "--stages", "env", "load"]
+    stages = ["env", "load"] if OLD else ["load"]  # procgen's dictionaries end with Python 3.12
+    flags = ["--rounds", "1", "--seconds", "0.01", "--no-bf16", "--stages", *stages]
     inline(tmp_path, "benchmark/throughput", *flags, "--shapes", "64 games", "batch 32", "--out", out)
     found = json.loads(out.read_text())["rows"]
-    assert kept in found and {row["stage"] for row in found} == {"clone", "env", "load"}
+    assert kept in found and {row["stage"] for row in found} == {"clone", *stages}
     assert all(row["rate"] > 0 and row["ratio_to_plain"] > 0 for row in found if row != kept)
