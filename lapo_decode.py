@@ -469,6 +469,8 @@ def load_actions(frames, windows, num_actions):
         actions = frames.labels("actions")
         if len(actions) != len(frames) or not -1 <= actions.min() <= actions.max() < num_actions:
             raise ValueError(f"{len(actions)} of {actions.min()} to {actions.max()}")
+        if not (actions[windows] >= 0).any():
+            raise ValueError("no window has a label")
     except (OSError, ValueError, EOFError) as e:
         path, wanted = frames.folders[0] / "actions.npy", f"{len(frames)} actions of 0 to {num_actions - 1}"
         sys.exit(f"error: {path} is not {wanted} ({e}): make the dataset again")
