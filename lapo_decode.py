@@ -73,6 +73,7 @@ class Args:
     cloning_epochs: int = 0  # at least so many passes over the labels, if that is more steps
     cloning_learning_rate: float = 5e-4  # AdamW's learning rate for both, linearly to 0
     policy_batch_size: int = 128  # the largest batch of both; the decoder's is 512
+    shift: int = 0  # both see frames shifted at random by up to so many pixels
     label_smoothing: float = 0.05  # label smoothing of all
     weight_decay: float = 1e-2  # decoupled weight decay (AdamW) of all
     # run
@@ -186,25 +187,35 @@ class DecodedPolicy(nn.Module):
             return self.decoder(torch.cat([z, x.float()], dim=1) if self.features else z)
 
 
-def fit(model, x, actions, updates, learning_rate, batch_size, args, autocast):
-    """Minimises the cross-entropy of model(x) on n labels: inputs x (n, ...), actions (n,).
+def random_shift(images, pixels):
+    """Shifts each of the images (B, H, W, C) by up to +- pixels, edges repeated (Yarats et al. 2021)."""
+    if pixels == 0:
+        return images
+    B, H, W, _ = images.shape
+    down, right = torch.randint(-pixels, pixels + 1, (2, B, 1), device=images.device)
+    rows = (torch.arange(H, device=images.device) + down).clamp(0, H - 1)  # (B, H)
+    columns = (torch.arange(W, device=images.device) + right).clamp(0, W - 1)
+    return images[torch.arange(B, device=images.device)[:, None, None], rows[:, :, None], columns[:, None]]
+
+
+def fit(model, inputs, actions, updates, learning_rate, batch_size, args, autocast):
+    """Minimises the cross-entropy of model(inputs(i)) on n labels: indices i (B,), actions (n,) or (n, A).
 
     Batches come from shuffled epochs, what is left of one is dropped; the learning rate falls linearly to 0.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=args.weight_decay)
-    batch_size, queue = min(batch_size, len(x)), torch.empty(0, dtype=torch.long)
+    batch_size, queue = min(batch_size, len(actions)), torch.empty(0, dtype=torch.long)
     for update in range(updates):
         optimizer.param_groups[0]["lr"] = learning_rate * (1 - update / updates)
         if len(queue) < batch_size:
-            queue = torch.randperm(len(x))
+            queue = torch.randperm(len(actions))
         batch, queue = queue[:batch_size], queue[batch_size:]
         with autocast:
-            logits = model(x[batch])
+            logits = model(inputs(batch))
         loss = F.cross_entropy(logits.float(), actions[batch], label_smoothing=args.label_smoothing)
         if not torch.isfinite(loss):
-            sys.exit(
-                f"error: loss {loss.item()} on {len(x)} labels: lower the learning rate, or try --no-bf16"
-            )
+            why = f"loss {loss.item()} on {len(actions)} labels"
+            sys.exit(f"error: {why}: lower the learning rate, or try --no-bf16")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -215,7 +226,7 @@ def fit_policy(policy, obs, actions, args, autocast):
     """Cloning: trains policy(o_t) -> logits of a_t on n labels, observations (n, 64, 64, 3)."""
     updates = max(args.cloning_updates, math.ceil(args.cloning_epochs * len(obs) / args.policy_batch_size))
     how = updates, args.cloning_learning_rate, args.policy_batch_size
-    return fit(policy, obs, actions, *how, args, autocast)
+    return fit(policy, lambda i: random_shift(obs[i], args.shift), actions, *how, args, autocast)
 
 
 def fit_lapo(policy, x, mean, std, obs, actions, num_actions, args, autocast):
@@ -229,7 +240,7 @@ def fit_lapo(policy, x, mean, std, obs, actions, num_actions, args, autocast):
     decoder.mean.copy_(mean)
     decoder.std.copy_(std)
     how = args.decoder_updates, args.decoder_learning_rate, 512
-    fit(decoder, x, actions, *how, args, torch.autocast(x.device.type, enabled=False))  # in float32
+    fit(decoder, x.__getitem__, actions, *how, args, torch.autocast(x.device.type, enabled=False))  # float32
     decoded = DecodedPolicy(copy.deepcopy(policy), decoder, args.finetune)
     if args.finetune:
         fit_policy(decoded.requires_grad_(True), obs, actions, args, autocast)
@@ -461,6 +472,36 @@ def report_accuracy(plan, scores, num_frames, run):
         )
         rows.append(row)
     run.finish(num_draws=len(scores), num_test_frames=num_frames, curve=rows)
+
+
+def report_returns(plan, played, data, device, autocast, run):
+    """Prints and writes returns (num_draws, len(plan), episodes), beside random play and the demonstrator.
+
+    A result is the mean over draws of the mean return of a draw's episodes. Which frames were labelled
+    matters more than luck in play, and a draw's episodes share it: its standard error is over draws.
+    """
+    A, seed = data["num_actions"], run.args.seed * 1000 + len(played)
+    uniform, num_episodes = (
+        lambda obs: torch.zeros(len(obs), A, device=device),
+        max(100, run.args.eval_episodes),
+    )
+    at_random = play([uniform], num_episodes, seed, data, device, autocast, run)[0]
+    rows = []
+    for (n, method), returns in zip(plan, played.swapaxes(0, 1)):  # (num_draws, episodes)
+        row = {"method": method, "n_labels": n, "episodes": returns.size, "returns": returns.tolist()}
+        row |= mean_and_stderr(returns.mean(1)) | {"draws": returns.mean(1).tolist()}
+        rows.append(row)
+        run.writer.add_scalar(f"{method}/return_mean", row["return_mean"], n)
+    random = {"method": "random", **mean_and_stderr(at_random), "episodes": len(at_random)}
+    ends = random | {"returns": at_random.tolist()}, {"method": "demonstrator", **data["demonstrator"]}
+    worst, best = (end["return_mean"] for end in ends)
+    print(f"\n{run.args.env_id}: means over {len(played)} draws of the labels, +- their standard error")
+    print(f"{'method':20s} labels return +- stderr  of demonstrator")
+    for row in (*rows, *ends):
+        row["relative_to_demonstrator"] = (row["return_mean"] - worst) / (best - worst or math.nan)
+        score = "{return_mean:8.2f} +- {return_stderr:5.2f} {relative_to_demonstrator:16.2f}"
+        print(f"{row['method']:20s} {row.get('n_labels', ''):6} {score.format(**row)}")
+    run.finish(num_draws=len(played), curve=rows, random=ends[0], demonstrator=ends[1])
 
 
 def load_actions(frames, windows, num_actions):
@@ -734,25 +775,5 @@ if __name__ == "__main__":
     if not demonstrator:
         report_accuracy(plan, np.array(played), len(t_test), run)
     else:
-        uniform, seed = lambda obs: torch.zeros(len(obs), A, device=device), args.seed * 1000 + args.num_draws
-        at_random = play([uniform], max(100, args.eval_episodes), seed, data, device, autocast, run)[0]
-
-        # A result is the mean over draws of the mean return of a draw's episodes. Which frames were labelled
-        # matters more than luck in play, and a draw's episodes share it: its standard error is over draws.
-        rows = []
-        for (n, method), returns in zip(plan, np.swapaxes(played, 0, 1)):  # (num_draws, num_episodes)
-            row = {"method": method, "n_labels": n, "episodes": returns.size, "returns": returns.tolist()}
-            row |= mean_and_stderr(returns.mean(1)) | {"draws": returns.mean(1).tolist()}
-            rows.append(row)
-            run.writer.add_scalar(f"{method}/return_mean", row["return_mean"], n)
-        random = {"method": "random", **mean_and_stderr(at_random), "episodes": len(at_random)}
-        ends = random | {"returns": at_random.tolist()}, {"method": "demonstrator", **demonstrator}
-        worst, best = (end["return_mean"] for end in ends)
-        print(f"\n{args.env_id}: means over {args.num_draws} draws of the labels, +- their standard error")
-        print(f"{'method':20s} labels return +- stderr  of demonstrator")
-        for row in (*rows, *ends):
-            row["relative_to_demonstrator"] = (row["return_mean"] - worst) / (best - worst or math.nan)
-            score = "{return_mean:8.2f} +- {return_stderr:5.2f} {relative_to_demonstrator:16.2f}"
-            print(f"{row['method']:20s} {row.get('n_labels', ''):6} {score.format(**row)}")
-        run.finish(num_draws=args.num_draws, curve=rows, random=ends[0], demonstrator=ends[1])
+        report_returns(plan, np.array(played), data, device, autocast, run)
         print(f"next: python lapo_finetune_ppo.py --env-id {args.env_id} --runs-dir {args.runs_dir}")

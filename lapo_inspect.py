@@ -1,8 +1,9 @@
 """A look inside the latent actions: one HTML report from a checkpoint of lapo_pretrain.py and its dataset.
 
 Latents in 2-D, their k-means groups against true actions, the use of the codebooks, what probes read from
-latents, every group's latent held in the FDM beside the real game ("dreams"), how prediction error grows, and
-the agent's film where decoding or fine-tuning has run. Captions, what to look for: lapo_inspect.html.
+latents, every group's latent held in the FDM beside the real game ("dreams"), how prediction error grows, how
+much latents are worth to the FDM, the agent's film where decoding or fine-tuning has run. Captions, what to
+look for: lapo_inspect.html.
 
 Most windows have a joint code, N x H codes, of their own. So k-means makes groups of latents; the one nearest
 to the centre stands for a group. True actions only name things here: without them the report is shorter.
@@ -41,11 +42,12 @@ from sklearn.metrics import balanced_accuracy_score, normalized_mutual_info_scor
 from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
+from tqdm import tqdm
 
 from lapo_bc import LatentPolicy, get_windows, load_checkpoint, load_dataset, write_whole
 from lapo_decode import DecodedPolicy, Decoder, evaluate, make_env
 from lapo_finetune_ppo import FinetunedAgent
-from lapo_pretrain import FDM, IDM, VQ
+from lapo_pretrain import FDM, IDM, VQ, others
 
 plt.switch_backend("Agg")
 # Procgen's actions 0-8 are 3 * (right + 1) + (up + 1); 9-14 are buttons
@@ -72,6 +74,7 @@ class Args:
     eval_windows: int = 4096  # test windows, and training windows for the probes
     rollout_steps: int = 16  # length of the rollouts
     num_starts: int = 2  # situations in the game from which the groups' latents are rolled out
+    action_updates: int = 0  # also train an FDM on true actions for so many updates: what is one worth to it?
     # run
     runs_dir: str = "runs"  # where run folders are made, and the stages' lie
     overwrite: bool = False  # replace the report in the run folder
@@ -178,6 +181,51 @@ def rollout_errors(idm, vq, fdm, frames, windows, T, device):
     guesses["the same, another stretch's latents"] = rollout(fdm, before[:, 0], now[:, 0], z.roll(1, 0))
     guesses["copying the first frame"] = now[:, :1]
     return {name: (x - after).pow(2).mean((2, 3, 4)).cpu().numpy() for name, x in guesses.items()}
+
+
+def fit_fdm(p, frames, t, z, num_updates, device):
+    """An FDM trained as pretraining's args p say, but given z (n, D), true actions, at times t (n,)."""
+    torch.manual_seed(p["seed"])
+    fdm = FDM(z.shape[1], p["fdm_width"], p["predict_change"], p["patch_size"])
+    fdm = fdm.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(fdm.parameters(), lr=p["learning_rate"])
+    warmed_up = [0, p["warmup_updates"], max(p["warmup_updates"] + 1, num_updates)]
+    for update in tqdm(range(num_updates), "FDM on true actions"):
+        optimizer.param_groups[0]["lr"] = p["learning_rate"] * np.interp(update, warmed_up, [0.1, 1.0, 0.01])
+        i = torch.randint(len(t), (p["batch_size"],)).numpy()
+        batch = get_windows(frames, t[i], device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bool(p["bf16"])):
+            prediction = fdm(batch[:, :6], torch.from_numpy(z[i]).to(device))
+        optimizer.zero_grad()
+        F.mse_loss(prediction, batch[:, 6:]).backward()
+        torch.nn.utils.clip_grad_norm_(fdm.parameters(), p["max_grad_norm"])
+        optimizer.step()
+    return fdm.eval()
+
+
+@torch.inference_mode()
+def worth(fdm, frames, t, z, episode, device):
+    """The FDM's loss at times t (n,) of episodes (n,) given z (n, D), and what other windows' z add to it.
+
+    any_window, same_episode: shares of the loss that the z of whatever window, or of another one of the same
+    episode, costs more. The second is what z tells of the step, not of the level.
+    """
+    losses = []
+    for order in (np.arange(len(t)), np.random.default_rng(0).permutation(len(t)), others(episode)):
+        losses.append(0.0)
+        for i in np.split(np.arange(len(t)), range(512, len(t), 512)):
+            batch = get_windows(frames, t[i], device)
+            guess = fdm(batch[:, :6], torch.from_numpy(z[order[i]]).to(device))
+            losses[-1] += F.mse_loss(guess, batch[:, 6:]).item() * len(i) / len(t)
+    own, any_window, same_episode = losses
+    return {"loss": own, "any_window": any_window / own - 1, "same_episode": same_episode / own - 1}
+
+
+def variance_between(z, groups):
+    """The share of z's variance (n, latent_dim) that lies between groups (n,): 1 if they tell z."""
+    mean, groups = z.mean(0), [z[groups == g] for g in np.unique(groups)]
+    between = sum(len(group) * np.square(group.mean(0) - mean).sum() for group in groups)
+    return float(between / np.square(z - mean).sum())
 
 
 def hold(env, state, actions, T):
@@ -391,6 +439,11 @@ def plot_errors(curves):
     return fig
 
 
+def to_html(table):
+    """The rows of an HTML table, of rows of cells."""
+    return "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in table)
+
+
 def section(name, folder, pictures=None, **values):
     """A section of lapo_inspect.html with values and pictures {file: bytes}, which also go to the folder."""
     images = ""
@@ -416,6 +469,10 @@ if __name__ == "__main__":
     device = (torch.accelerator.current_accelerator(True) if args.cuda else None) or torch.device("cpu")
     agents = {stage: load_agent(stage, args, device) for stage in ("lapo_decode", "lapo_finetune_ppo")}
     idm, vq, fdm = build_networks(pretrained["args"], device, pretrained)
+    if args.action_updates and not load_labels(frames, windows):
+        sys.exit(
+            "error: --action-updates needs true actions, and this dataset has no actions.npy: leave it out"
+        )
     folder.mkdir(parents=True, exist_ok=True)
 
     # 1. latents and their groups
@@ -471,8 +528,7 @@ if __name__ == "__main__":
         of["shuffled_actions"] = encoded, shuffled
         space = {name: latent_space_metrics(*both) for name, both in of.items()}
         table = [["", *space], *([m, *(f"{space[name][m]:.3f}" for name in space)] for m in space["trained"])]
-        table = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in table)
-        chance = 1 / len(np.unique(labels["test"][labels["test"] >= 0]))
+        table, chance = to_html(table), 1 / len(np.unique(labels["test"][labels["test"] >= 0]))
         report.append(section("latent_space", folder, table=table, windows=n, chance=f"{chance:.3f}"))
         results["latent_space"] = space | {"chance": chance, "windows": n}
 
@@ -517,7 +573,27 @@ if __name__ == "__main__":
         picture = {"error.png": to_png(plot_errors(curves))}
         report.append(section("error", folder, picture, stretches=len(curves["copying the first frame"])))
 
-    # 7. the agents play
+    # 7. what latents are worth to the FDM, and true actions to one that is trained on them
+    episode = np.cumsum(frames["test"].labels("first"))[t["test"]]
+    value = {"the latent": worth(fdm, frames["test"], t["test"], latents, episode, device)}
+    if args.action_updates:
+        a, known, onehot = load_labels(frames, windows)["train"], labels["test"] >= 0, np.eye(len(actions))
+        onehot = onehot.astype(np.float32)
+        data_of_actions = frames["train"], windows["train"][a >= 0], onehot[a[a >= 0]]
+        of_actions = fit_fdm(pretrained["args"], *data_of_actions, args.action_updates, device)
+        test = t["test"][known], onehot[labels["test"][known]], episode[known]
+        value["the true action"] = worth(of_actions, frames["test"], *test, device)
+    table = [["given", "loss", "any other window's", "another's of its episode"]]
+    for name, v in value.items():
+        table.append([name, f"{v['loss']:.2e}", f"{v['any_window']:+.1%}", f"{v['same_episode']:+.1%}"])
+    z = encoded["test"][0]
+    value |= {"variance_between_episodes": variance_between(z, episode)}
+    value |= {"by_chance": variance_between(rng.permutation(z), episode)}
+    shares = {name: f"{value[name]:.0%}" for name in ("variance_between_episodes", "by_chance")}
+    report.append(section("worth", folder, table=to_html(table), updates=args.action_updates, **shares))
+    results["worth"] = value
+
+    # 8. the agents play
     for stage, agent in agents.items():
         if agent and states:
             env = make_env(args.env_id, 4, *levels, args.seed + 1000)

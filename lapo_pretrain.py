@@ -251,18 +251,19 @@ def shift(windows, step):
     return torch.stack(rolled).contiguous(memory_format=torch.channels_last)
 
 
-def predict(idm, vq, fdm, windows):
+def predict(idm, vq, fdm, windows, order=slice(None)):
     """Windows (B, 9, 64, 64) -> o^_{t+1} (B, 3, 64, 64), VQ loss, z before VQ (B, D), perplexity (N,).
 
     Without VQ (vq is None, the paper's ablation) the FDM is given the continuous latents. An IDM of
     differences is trained on shifted windows, the FDM not: so latents cannot say where (not in the paper).
+    order (B,) gives the FDM other windows' latents, to measure what their own are worth.
     """
     z = idm(shift(windows, 8 * fdm.P) if idm.differences and idm.training else windows)
     quantised, vq_loss, perplexity = z, torch.zeros((), device=z.device), torch.zeros(0)
     if vq:
         with torch.autocast(windows.device.type, enabled=False):  # VQ computes in float32
             quantised, vq_loss, _, perplexity = vq(z)
-    return fdm(windows[:, :6], quantised), vq_loss, z, perplexity
+    return fdm(windows[:, :6], quantised[order]), vq_loss, z, perplexity
 
 
 def linear_probe(z, actions):
@@ -278,22 +279,34 @@ def linear_probe(z, actions):
         return balanced_accuracy_score(actions[half:], guess)
 
 
+def others(episode):
+    """For windows in order, of episodes (n,), others of the same episode, half of it away: indices (n,)."""
+    order = np.arange(len(episode))
+    for e in np.unique(episode):
+        mine = np.flatnonzero(episode == e)
+        order[mine] = np.roll(mine, len(mine) // 2)
+    return order
+
+
 @torch.no_grad()
-def measure(idm, vq, fdm, frames, t, device, autocast):
-    """Metrics of windows t (n,): losses, the share of the IDM's last units that are active; and latents."""
-    sums, z = np.zeros(3), []
-    for piece in np.split(t, range(512, len(t), 512)):
-        windows = get_windows(frames, piece, device)
+def measure(idm, vq, fdm, frames, t, episode, device, autocast):
+    """Metrics of windows t (n,) of episodes (n,): losses, the share of the IDM's last units that are active.
+
+    other_latent_cost: the share by which another latent of the same episode raises the loss. And all latents.
+    """
+    sums, z = np.zeros(4), []
+    for i in np.split(np.arange(len(t)), range(512, len(t), 512)):
+        windows = get_windows(frames, t[i], device)
         with autocast:
             prediction, _, latents, _ = predict(idm, vq, fdm, windows)
-            active = (
-                (idm.network.conv(idm.see(windows)) > 0).float().mean()
-            )  # 0: a dead IDM, latents all the same
-        fdm_loss, copy_loss = (F.mse_loss(guess, windows[:, 6:]) for guess in (prediction, windows[:, 3:6]))
-        sums += len(piece) / len(t) * np.array([fdm_loss.item(), copy_loss.item(), active.item()])
+            other = predict(idm, vq, fdm, windows, others(episode[i]))[0]
+            active = (idm.network.conv(idm.see(windows)) > 0).float().mean()  # 0: dead, latents all the same
+        losses = [F.mse_loss(guess, windows[:, 6:]) for guess in (prediction, windows[:, 3:6], other)]
+        sums += len(i) / len(t) * np.array([*map(torch.Tensor.item, losses), active.item()])
         z.append(latents.cpu().numpy())
-    names = "test/fdm_loss", "test/copy_last_frame_loss", "test/idm_active_share"
-    return dict(zip(names, sums.tolist())), np.concatenate(z)
+    names = "fdm_loss", "copy_last_frame_loss", "other_latent_cost", "idm_active_share"
+    sums[2] = sums[2] / sums[0] - 1
+    return {f"test/{name}": x for name, x in zip(names, sums.tolist())}, np.concatenate(z)
 
 
 class Frames:
@@ -572,6 +585,7 @@ if __name__ == "__main__":
 
     # the windows of all evaluations, and their labels, if there are any, for the probe alone
     t_test = np.sort(np.random.default_rng(0).permutation(windows["test"])[: args.eval_windows])
+    episode = np.cumsum(frames["test"].labels("first"))[t_test]
     try:
         actions = frames["test"].labels("actions")[t_test]
     except OSError:
@@ -608,7 +622,7 @@ if __name__ == "__main__":
             run.writer.add_scalar("charts/SPS", step * args.batch_size / (time.time() - run.began), step)
         if RANK == 0 and (step % args.eval_every == 0 or step == args.num_updates):
             modules.eval()
-            test, z = measure(*networks, frames["test"], t_test, device, autocast)
+            test, z = measure(*networks, frames["test"], t_test, episode, device, autocast)
             if (actions >= 0).sum() > 1:
                 test["probe/balanced_accuracy"] = linear_probe(z, actions)
             modules.train()
@@ -619,5 +633,8 @@ if __name__ == "__main__":
         if run.due() or step == args.num_updates:
             run.save(step, curve=curve)
 
-    run.finish(**(curve or [{}])[-1], curve=curve)
+    last = (curve or [{}])[-1]
+    run.finish(**last, curve=curve)
+    if (cost := last.get("test/other_latent_cost", 1)) < 0.2:
+        print(f"The FDM has little use for latents yet (other_latent_cost {cost:.0%}): train for longer")
     print(f"next: python lapo_bc.py --env-id {args.env_id} --runs-dir {args.runs_dir}; or lapo_inspect.py")

@@ -102,7 +102,9 @@ def rows_of(run, results, scale):
         for of, order in (("trained", slice(None)), ("shuffled_actions", shuffled), ("untrained_idm", None)):
             row = {"run": pretrained.name.split("__")[1], "of": of, "commit": results["commit"]}
             if order is not None:
-                shares = (round(variance_between(z, groups[order]), 4) for groups in (episodes, actions))
+                shares = (
+                    round(inspect.variance_between(z, groups[order]), 4) for groups in (episodes, actions)
+                )
                 row |= dict(zip(VARIANCES, shares))
             if of == "trained":
                 row |= {"codes_used": used, "idm_active_share": active}
@@ -126,13 +128,6 @@ def test_latents(results, checkpoint):
     z = inspect.encode(*networks[:2], frames["test"], t, torch.device("cpu"))[0]
     folder = Path(args.data_dir or f"data/{args.env_id}") / "test"
     return np.asarray(z), np.load(folder / "actions.npy")[t], np.cumsum(np.load(folder / "first.npy"))[t]
-
-
-def variance_between(z, groups):
-    """The share of z's variance (n, latent_dim) that lies between groups (n,): 1 if they tell z."""
-    mean, groups = z.mean(0), [z[groups == g] for g in np.unique(groups)]
-    between = sum(len(group) * np.square(group.mean(0) - mean).sum() for group in groups)
-    return float(between / np.square(z - mean).sum())
 
 
 def latents_2d(z, actions, count=600):

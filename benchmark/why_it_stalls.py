@@ -207,7 +207,7 @@ if __name__ == "__main__":
 
     def fit(decoder, x, actions, updates):
         float32 = torch.autocast("cpu", enabled=False)
-        return stage.fit(decoder, x, actions, updates, 1e-3, 512, defaults, float32)
+        return stage.fit(decoder, x.__getitem__, actions, updates, 1e-3, 512, defaults, float32)
 
     def fit_well(x, actions):
         build = partial(stage.Decoder, x.shape[1], defaults.decoder_hidden)
@@ -246,9 +246,8 @@ if __name__ == "__main__":
                 obs = torch.from_numpy(frames["train"][windows["train"][order[:n]]])
                 for name, network in on_frames.items():
                     network = network.to(memory_format=torch.channels_last)
-                    stage.fit(
-                        network, obs, a, max(200, 10 * n // 64), 5e-4, 64, defaults, autocast
-                    )  # ten passes
+                    how = max(200, 10 * n // 64), 5e-4, 64  # ten passes
+                    stage.fit(network, obs.__getitem__, a, *how, defaults, autocast)
                     logits[name] = in_pieces(network, test_obs, windows["test"], autocast)
                 for name, of_actions in logits.items():
                     losses[name][:, i, draw, j] = cross_entropy(of_actions, actions["test"], groups)

@@ -153,6 +153,8 @@ def inline(cwd, script, *flags):
         patch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
         patch.setattr(filelock, "FileLock", noting(filelock.FileLock, lambda lock: lock.release(force=True)))
         patch.setattr(tensorboard, "SummaryWriter", noting(tensorboard.SummaryWriter, lambda w: w.close()))
+        for module, name in ((filelock, "FileLock"), (tensorboard, "SummaryWriter")):  # vpt.py's, too
+            patch.setattr(decode, name, getattr(module, name))
         try:
             return runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
         finally:

@@ -211,24 +211,38 @@ def test_linear_probe():
 
 
 def test_measures_on_test_windows(monkeypatch):
-    """measure(): losses over all windows, whatever the pieces' sizes, the share of living units, latents."""
+    """measure(): losses over windows in pieces, what other latents cost, active units."""
     torch.manual_seed(0)
     idm, vq, fdm = pretrain.IDM(0.25, 16), pretrain.VQ(2, 4, 2, 64, 0.05, 0.999), pretrain.FDM(16, 4)
     torch.nn.ModuleList([vq, fdm]).eval()
+    vq.codes.mul_(1000)  # large: that latents matter to a new FDM
+    idm.head.weight.data.mul_(1000)
     coarse = np.random.default_rng(0).integers(256, size=(530, 8, 8, 3)).astype(np.uint8)
     frames, t = coarse.repeat(8, axis=1).repeat(8, axis=2), np.arange(1, 529)  # pieces of 512 and 16
-    found, z = pretrain.measure(idm, vq, fdm, frames, t, "cpu", FLOAT32)
+    episode = t // 100
+    found, z = pretrain.measure(idm, vq, fdm, frames, t, episode, "cpu", FLOAT32)
     windows = pretrain.get_windows(frames, t, "cpu")
     with torch.no_grad():
         loss = F.mse_loss(pretrain.predict(idm, vq, fdm, windows)[0], windows[:, 6:]).item()
+        other = torch.zeros(())
+        for piece in (slice(0, 512), slice(512, 528)):  # latents of others of the same episode
+            q = vq(idm(windows[piece]))[0]
+            order = pretrain.others(episode[piece])
+            assert (episode[piece][order] == episode[piece]).all() and sorted(order) == [*range(len(order))]
+            assert (order != np.arange(len(order))).all()
+            guess = fdm(windows[piece, :6], q[order])
+            other += F.mse_loss(guess, windows[piece, 6:]) * len(order) / 528
         active = (idm.network.conv(windows) > 0).float().mean().item()
         np.testing.assert_allclose(z, idm(windows).numpy(), atol=1e-6)
     copied = ((frames[1:529] / 255 - frames[2:530] / 255) ** 2).mean()
-    wanted = [loss, copied, active]
-    names = [f"test/{name}" for name in ("fdm_loss", "copy_last_frame_loss", "idm_active_share")]
-    assert [found[name] for name in names] == pytest.approx(wanted, rel=1e-4) and 0.1 < active < 1
+    wanted = [loss, copied, other.item() / loss - 1, active]
+    names = "fdm_loss", "copy_last_frame_loss", "other_latent_cost", "idm_active_share"
+    names = [f"test/{name}" for name in names]
+    assert [found[name] for name in names] == pytest.approx(wanted, rel=1e-4, abs=1e-6) and 0.1 < active < 1
+    assert wanted[2] > 2e-5
     monkeypatch.setattr(torch.nn.Flatten, "forward", lambda self, x: -x.flatten(1).abs())  # before its ReLU
-    assert pretrain.measure(idm, vq, fdm, frames, t[:8], "cpu", FLOAT32)[0]["test/idm_active_share"] == 0
+    found, _ = pretrain.measure(idm, vq, fdm, frames, t[:8], episode[:8], "cpu", FLOAT32)
+    assert found["test/idm_active_share"] == 0
 
 
 @pytest.mark.parametrize("sl", [True, False])
@@ -304,18 +318,14 @@ def test_offline_fit(monkeypatch):
     z, a = map(torch.from_numpy, separable(256, 1))
     z_test, a_test = map(torch.from_numpy, separable(500, 2))
     torch.manual_seed(0)
-    decoder = decode.fit(decode.Decoder(8, (64,)), z, a, 200, 1e-2, 64, args, FLOAT32)
+    decoder = decode.fit(decode.Decoder(8, (64,)), z.__getitem__, a, 200, 1e-2, 64, args, FLOAT32)
     assert not decoder.training and (decoder(z_test).argmax(-1) == a_test).float().mean() > 0.95
     loss = F.cross_entropy(decoder(z_test), a_test, label_smoothing=0.05)
     right, wrong = 0.95 + 0.05 / 15, 0.05 / 15
     floor = -right * np.log(right) - 14 * wrong * np.log(wrong)  # entropy of a smoothed label
     assert floor < loss < floor + 0.1
     np.testing.assert_allclose(rates, 1e-2 * (1 - np.arange(200) / 200))
-    args.cloning_updates, args.cloning_epochs, args.cloning_learning_rate, args.policy_batch_size = (
-        10,
-        3,
-        1e-2,
-        64,
-    )
+    args.cloning_updates, args.cloning_epochs, args.shift = 10, 3, 0
+    args.cloning_learning_rate, args.policy_batch_size = 1e-2, 64
     decode.fit_policy(decoder, z, a, args, FLOAT32)  # 3 epochs are more than 10 updates
     assert len(rates) == 200 + 3 * 256 // 64
