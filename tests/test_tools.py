@@ -19,7 +19,7 @@ from conftest import ENV_ID, OLD, RUNS, TOY, inline, link_tree, load, pretrain, 
 import lapo_inspect
 import lapo_play
 
-INSPECT = f"--env-id {ENV_ID} --no-cuda --rollout-steps 4 --num-groups 5".split()
+INSPECT = f"--env-id {ENV_ID} --no-cuda --rollout-steps 4 --num-groups 5 --action-updates 4".split()
 PLAY = f"--env-id {ENV_ID} --num-windows 300 --num-labels 200 --num-groups 3 --port 0".split()
 
 
@@ -82,6 +82,46 @@ def test_rollout_errors(networks):
         assert copying[:, step].mean() == pytest.approx((difference**2).mean(), rel=1e-3)
 
 
+def test_what_latents_are_worth(networks):
+    """Losses with other windows' latents, computed plainly; nothing where all are alike; variance shares."""
+    t, episodes = np.arange(1, len(networks.frames) - 1), np.cumsum(networks.first)
+    t = t[~networks.first[t] & ~networks.first[t + 1]]
+    windows = pretrain.get_windows(networks.frames, t, "cpu")
+    z = networks.vq(networks.idm(windows))[0]
+    losses = []
+    for order in (
+        np.arange(len(t)),
+        np.random.default_rng(0).permutation(len(t)),
+        pretrain.others(episodes[t]),
+    ):
+        losses.append(F.mse_loss(networks.fdm(windows[:, :6], z[order]), windows[:, 6:]).item())
+    found = lapo_inspect.worth(networks.fdm, networks.frames, t, z.numpy(), episodes[t], "cpu")
+    assert found["loss"] == pytest.approx(losses[0], rel=1e-4)
+    assert (1 + found["any_window"]) * losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert (1 + found["same_episode"]) * losses[0] == pytest.approx(losses[2], rel=1e-4)
+    alike = lapo_inspect.worth(
+        networks.fdm, networks.frames, t, z.numpy()[:1].repeat(len(t), 0), episodes[t], "cpu"
+    )
+    assert alike["any_window"] == alike["same_episode"] == 0
+    groups = np.arange(900) % 3
+    noise = np.random.default_rng(0).normal(size=(900, 4))
+    assert lapo_inspect.variance_between(np.eye(4)[groups], groups) == pytest.approx(1)
+    assert lapo_inspect.variance_between(noise, groups) < 0.02
+
+
+def test_an_fdm_of_true_actions():
+    """It learns what the action moves, so that another action costs it most of what it predicts."""
+    rng, p = np.random.default_rng(0), vars(pretrain.Args(predict_change=True, fdm_width=4, patch_size=4))
+    actions = rng.integers(3, size=240)
+    frames = np.zeros((242, 64, 64, 3), dtype=np.uint8)
+    frames[2:] += (actions * 90).astype(np.uint8)[:, None, None, None]  # o_{t+1} shows a_t
+    z, t = np.eye(3, dtype=np.float32)[actions], np.arange(1, 241)
+    p |= {"batch_size": 32, "learning_rate": 3e-3, "bf16": False}
+    fdm = lapo_inspect.fit_fdm(p, frames, t, z, 150, torch.device("cpu"))
+    found = lapo_inspect.worth(fdm, frames, t, z, t // 20, "cpu")
+    assert found["any_window"] > 1 and found["same_episode"] > 1
+
+
 def test_latent_space_metrics():
     """Latents and codes that name the action score 1; shuffled actions leave next to nothing; and lifts."""
     table = np.array([[300, 0, 10] + [0] * 12, [0, 300, 10] + [0] * 12])
@@ -111,6 +151,8 @@ def test_report_stands_alone(report):
     assert {base64.b64decode(x) for x in embedded} == {(report.folder / name).read_bytes() for name in names}
     assert not re.search(r"(src|href)\s*=\s*[\"']?(?!data:)\w|url\(|@import|https?:", report.page)
     assert report.results["missing"] == []
+    for given in ("the latent", "the true action"):
+        assert f"{report.results['worth'][given]['loss']:.2e}" in report.page
     for of in ("trained", "untrained_idm", "shuffled_actions"):
         assert all(f"{x:.3f}" in report.page for x in report.results["latent_space"][of].values())
     assert "finished report" in refusal(report.cwd, "lapo_inspect", *INSPECT)
@@ -121,7 +163,9 @@ def test_report_without_labels_and_vq(pipeline, tmp_path):
     link_tree(pipeline.data, tmp_path / "data" / ENV_ID)
     (tmp_path / "data" / ENV_ID / "test" / "actions.npy").unlink()
     inline(tmp_path, "lapo_pretrain", *TOY["lapo_pretrain"], "--no-vq", "--num-updates", "1")
-    report = inspect(tmp_path, "--num-starts", "1", "--rollout-steps", "24")  # an env's stream has 25 frames
+    assert "--action-updates" in refusal(tmp_path, "lapo_inspect", *INSPECT)
+    more = "--num-starts 1 --rollout-steps 24 --action-updates 0".split()
+    report = inspect(tmp_path, *more)  # an env's stream has 25 frames
     wanted = {"groups", "codebooks", "latent_space", "error", "lapo_decode", "lapo_finetune_ppo"}
     assert set(report.results["missing"]) == wanted and all(name in report.page for name in wanted)
     assert list(report.kinds) == ["dream"] and not (report.folder / "groups.png").exists()
