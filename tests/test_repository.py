@@ -17,10 +17,10 @@ PACKAGES = {
 }
 OWN = {"gym_notices", "scipy"}  # come with gym and scikit-learn
 SCRIPTS = sorted([*ROOT.glob("*.py"), *ROOT.glob("benchmark/*.py")])
-LINES = {  # at most; of stages 80 for several processes, 15 for shards, 85 for other worlds
-    "lapo_bc.py": 475, "lapo_pretrain.py": 630, "lapo_decode.py": 765, "lapo_finetune_ppo.py": 775,
-    "collect_expert_data.py": 555, "ppo_procgen.py": 615, "import_videos.py": 360, "README.md": 250,
-    "CONTRIBUTING.md": 40, "tests/*.py": 3100, "benchmark/*.py": 1500,
+LINES = {  # at most; of stages 80 for several processes, 15 for shards
+    "lapo_bc.py": 475, "lapo_pretrain.py": 640, "lapo_decode.py": 715, "lapo_finetune_ppo.py": 705,
+    "collect_expert_data.py": 475, "ppo_procgen.py": 540, "import_videos.py": 360, "vpt.py": 380,
+    "README.md": 250, "CONTRIBUTING.md": 40, "tests/*.py": 3300, "benchmark/*.py": 1500,
 }  # fmt: skip
 
 
@@ -91,10 +91,12 @@ def test_one_class_name_has_one_definition():
 
 
 def test_stages_stand_alone():
-    """No stage imports a file of the repository; tools import stages, and each other in one direction."""
+    """Of the repository's files stages import worlds.py alone; tools import them, and each other one way."""
     local = {path.stem for path in SCRIPTS} | {"tests", "benchmark"}
     found = {path.stem: imports(path) & local for path in SCRIPTS}
-    assert [stage for stage in STAGES if found[stage]] == []
+    players = {"ppo_procgen", "collect_expert_data", "lapo_decode", "lapo_finetune_ppo"}
+    assert all(found[stage] == ({"worlds"} if stage in players else set()) for stage in STAGES)
+    assert not found["worlds"]
     tools = {name: found[name] - set(STAGES) for name in found}
     assert [name for name in tools for other in tools[name] if name in tools[other]] == []
 
@@ -117,7 +119,9 @@ def test_the_future_reaches_the_fdm_through_the_latent_only():
     assert given == ["windows[:, :6]"]
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted({*ROOT.glob("*.py")} - {ROOT / "worlds.py"}), ids=lambda path: path.stem
+)
 def test_every_flag_is_explained(path):
     """Every field of Args has its help, one line, beside or under it; the head says the rest."""
     source, tree = read(path)
