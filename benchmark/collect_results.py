@@ -81,6 +81,8 @@ def rows_of(run, results, scale):
         rows["runs.csv"].append({**results, "method": "demonstrator", "relative_to_demonstrator": 1.0})
     elif stage == "lapo_decode" and name == stage:
         rows["runs.csv"] = [results["random"], *results["curve"]]
+    elif stage == "vpt":
+        rows["runs.csv"] = results["curve"]  # the method is the run's name
     elif stage == "lapo_decode":  # with other flags
         mine = (row for row in results["curve"] if row["method"] == "lapo_decoder")
         rows["runs.csv"] = [row | {"method": name} for row in mine]

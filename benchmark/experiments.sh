@@ -5,9 +5,9 @@
 #
 #     SCALE        small (two CPU cores, about an hour a seed) or paper (a GPU; the scripts' defaults)
 #     EXPERIMENT   online    RL+SL, RL without the decoder, without VQ as well, PPO from scratch (paper section 6.3)
-#                  offline   16 ... 8192 labels: LAPO + decoder beside cloning from scratch on the same labels (section 6.4)
-#                  improved  ours: offline decoding that does not stall (docs/results.md)
-#                  all       online and offline
+#                  offline   16 ... 4096 labels (paper: 8192): LAPO + decoder (section 6.4), cloning from scratch, VPT's
+#                            pseudo-labels from scratch, and ours, VPT from LAPO's networks, on the same labels
+#                  all       both
 #
 #     benchmark/experiments.sh small all coinrun 1 2 3
 #     python benchmark/collect_results.py --runs-dir runs/small && python benchmark/plot.py
@@ -29,21 +29,26 @@ if [ -n "${THREADS:-}" ]; then export OMP_NUM_THREADS=$THREADS; fi
 # PPO from scratch is LAPO's PPO with a fresh network of the policy's size, at a constant rate
 PPO=(--num-steps 64 --ent-coef 0.0025 --learning-rate 5e-4 --no-anneal-lr)
 case $SCALE in
-small) # the quickstart's data, smaller networks (docs/results.md), a twenty-fifth of the paper's frames online
+small) # the quickstart's data and shapes, a twenty-fifth of the paper's frames online
+    case $ENV_ID in # updates of pretraining, by what latents are worth on seeds not reported (docs/results.md)
+    coinrun) UPDATES=2000 ;;
+    *) UPDATES=8000 ;;
+    esac
     COLLECT=(--expert-checkpoint "experts/$ENV_ID.pt" --num-train-frames 65536 --num-test-frames 8192)
-    PRETRAIN=(--num-updates 2000 --batch-size 32 --learning-rate 1e-3 --warmup-updates 500 --idm-scale 1 --fdm-width 8
-        --vq-dim 4 --predict-change --eval-every 500)
-    BC=(--num-updates 4000 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 --policy-scale 0.5 --eval-every 1000)
+    PRETRAIN=(--num-updates "$UPDATES" --batch-size 32 --learning-rate 5e-4 --warmup-updates 500
+        --patch-size 2 --idm-scale 1 --fdm-width 16 --vq-dim 4 --predict-change --eval-every 500)
+    BC=(--num-updates 5000 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 --policy-scale 1)
     # the paper's warm-ups divided by five: they would take most of this run, a twenty-fifth of them less than a rollout
     FINETUNE=(--total-timesteps 163840 --action-head-warmup 7000 10000 --value-head-warmup 5000 10000
         --linear-warmup 10000 40000)
-    PPO+=(--total-timesteps 163840 --scale 0.5 --num-levels 16) # the levels of experts/
-    DECODE=(--num-labels 16 32 64 128 256 512 1024 2048 4096 8192 --num-draws 3 --eval-episodes 60
-        --decoder-updates 200 --cloning-updates 200 --cloning-epochs 10 --policy-batch-size 64)
-    MANY=(--num-labels 1024 2048 4096 8192 --num-draws 3 --eval-episodes 60)
+    PPO+=(--total-timesteps 163840 --scale 1 --patch-size 2 --num-levels 16) # the policy's shape, experts' levels
+    LABELS=(--num-labels 16 64 256 1024 4096 --num-draws 3 --eval-episodes 60)
+    DECODE=("${LABELS[@]}" --decoder-updates 200 --cloning-updates 200 --cloning-epochs 10 --policy-batch-size 64)
+    VPT=("${LABELS[@]}" --idm-updates 300 --policy-updates 1000 --batch-size 64
+        --idm-scale 1 --policy-scale 1 --patch-size 2)
     ;;
 paper)
-    COLLECT=() PRETRAIN=() BC=() FINETUNE=() DECODE=() MANY=(--num-labels 1024 2048 4096 8192)
+    COLLECT=() PRETRAIN=() BC=() FINETUNE=() DECODE=() VPT=()
     PPO+=(--total-timesteps 4000000 --scale 4)
     ;;
 *)
@@ -52,9 +57,9 @@ paper)
     ;;
 esac
 case $EXPERIMENT in
-online | offline | improved | all) ;;
+online | offline | all) ;;
 *)
-    echo "error: EXPERIMENT is $EXPERIMENT, expected online, offline, improved or all" >&2
+    echo "error: EXPERIMENT is $EXPERIMENT, expected online, offline or all" >&2
     exit 1
     ;;
 esac
@@ -101,10 +106,9 @@ for seed in "$@"; do
     fi
     if [ "$EXPERIMENT" = offline ] || [ "$EXPERIMENT" = all ]; then
         run lapo_decode.py lapo_decode "$seed" --data-dir "$DATA" "${DECODE[@]}"
-        # many labels are worth more updates of the decoder than lapo_decode.py's 200
-        run lapo_decode.py lapo_decode_800_updates "$seed" --data-dir "$DATA" "${MANY[@]}" --decoder-updates 800 --no-cloning
-    fi
-    if [ "$EXPERIMENT" = improved ]; then
-        run lapo_decode.py lapo_decode_finetuned "$seed" --data-dir "$DATA" "${DECODE[@]}" --no-cloning --finetune
+        PRETRAINED=$OUT/${ENV_ID}__lapo_pretrain__$seed/checkpoint.pt CLONED=$OUT/${ENV_ID}__lapo_bc__$seed/checkpoint.pt
+        AFTER=collect_expert_data__1 run vpt.py vpt "$seed" --data-dir "$DATA" "${VPT[@]}"
+        run vpt.py vpt_lapo "$seed" --data-dir "$DATA" --pretrain-checkpoint "$PRETRAINED" --bc-checkpoint "$CLONED" \
+            "${VPT[@]}"
     fi
 done

@@ -37,6 +37,8 @@ LOOKS = {  # name, colour (Okabe and Ito: survives colour blindness), marker
     "demonstrator": ("demonstrator", "#333333", None),
     "lapo_decode_800_updates": ("LAPO + decoder, 800 updates", "#56B4E9", "s"),
     "lapo_decode_finetuned": ("ours: --finetune", "#CC79A7", "v"),
+    "vpt": ("VPT: pseudo-labels, from scratch", "#E69F00", "P"),
+    "vpt_lapo": ("ours: VPT from LAPO's networks", "#009E73", "X"),
 }
 # Mean returns of a random policy and of the paper's expert, Procgen easy mode, all levels (paper, appendix)
 PAPER_SCORES = {
@@ -411,7 +413,7 @@ if __name__ == "__main__":
     if strange := sorted({row["method"] for row in rows} - LOOKS.keys()):
         print(f"left out, as only runs named as in experiments.sh are drawn: {', '.join(strange)}")
         rows = [row for row in rows if row["method"] not in strange]
-    ours = sorted({row["method"] for row in rows if row["method"].startswith("lapo_decode_")})
+    ours = sorted({row["method"] for row in rows if row["method"].startswith(("lapo_decode_", "vpt"))})
     offline = "lapo_decoder", "cloning_from_scratch", *ours
     scores = Scores(rows, args.resamples)
     for env_id in sorted({row["env_id"] for row in rows} - set(scores.games)):

@@ -290,3 +290,11 @@ def test_losses_that_are_not_finite(pipeline, tmp_path, monkeypatch, stage):
     message = refusal(cwd, stage, *TOY[stage], *now(stage))
     assert "nan" in message and "learning" in message and "--no-bf16" in message
     assert snapshot(cwd, ".pt") == before
+
+
+def test_a_dead_idm(work, monkeypatch):
+    """Pretraining ends where the IDM's last ReLU is shut for all windows: no gradient would open it again."""
+    monkeypatch.setattr(torch.nn.Flatten, "forward", lambda self, x: -x.flatten(1).abs())  # before that ReLU
+    message = refusal(work, "lapo_pretrain", *TOY["lapo_pretrain"], *FRESH)
+    assert "update 3 the IDM is dead" in message and "--learning-rate" in message
+    assert not (work / run_dir("fresh") / "results.json").exists()
