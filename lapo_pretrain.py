@@ -627,7 +627,7 @@ if __name__ == "__main__":
                 test["probe/balanced_accuracy"] = linear_probe(z, actions)
             modules.train()
             if test["test/idm_active_share"] == 0:  # its last ReLU is shut, no gradient will open it again
-                sys.exit(f"error: at update {step} the IDM is dead: lower --learning-rate, raise --warmup-updates")
+                sys.exit(f"error: the IDM is dead at update {step}: a lower --learning-rate may save it")
             for name, value in test.items():
                 run.writer.add_scalar(name, value, step)
             curve.append({"update": step, "train/fdm_loss": fdm_loss.item(), **test})

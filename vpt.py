@@ -14,12 +14,15 @@ Reads data/ENV_ID, writes RUNS_DIR/ENV_ID__vpt__SEED/results.json and checkpoint
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import tyro
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
 from lapo_bc import choose_precision
@@ -93,8 +96,38 @@ def new_networks(num_actions, pretrained, cloned, args):
     return idm, policy
 
 
-def fit_inverse_model(idm, frames, t, actions, args, autocast):
-    """Trains f(windows around t) -> logits of a_t on n labels: times (n,), actions (n,)."""
+@torch.no_grad()
+def fit_last_layer(idm, frames, t, actions, windows, autocast):
+    """Sets f's last layer by logistic regression on n labels: times (n,), actions (n,).
+
+    Features are standardised by windows around times (m,) that need no label. Each action counts as seen once
+    more, at a tenth: one of which there is no label gets a low probability, not none.
+    """
+    inputs, A = partial(get_windows, frames, device=actions.device), len(idm.head.bias)
+
+    def features(t):
+        with autocast:
+            pieces = [idm.network(idm.see(inputs(i))) for i in np.split(t, range(512, len(t), 512))]
+        return torch.cat(pieces).float().cpu().numpy()  # (n, 256)
+
+    scaler = StandardScaler().fit(features(windows))
+    x = np.concatenate([scaler.transform(features(t)), np.zeros((A, 256))])
+    weight = np.repeat([1, 0.1], [len(t), A])
+    probe = LogisticRegression(C=0.01, max_iter=300).fit(x, [*actions.tolist(), *range(A)], weight)
+    coef, intercept = probe.coef_ / scaler.scale_, probe.intercept_
+    intercept = intercept - coef @ scaler.mean_  # the layer sees features as they are
+    if A == 2:  # the logits' difference
+        coef, intercept = np.append(0 * coef, coef, 0), np.append(0, intercept)
+    idm.head.weight.copy_(torch.from_numpy(coef))
+    idm.head.bias.copy_(torch.from_numpy(intercept))
+
+
+def fit_inverse_model(idm, frames, t, actions, windows, args, autocast):
+    """Trains f(windows around t) -> logits of a_t on n labels: times (n,), actions (n,).
+
+    The last layer first: fine-tuning from a random one spoils what LAPO's layers know (Kumar et al. 2022).
+    """
+    fit_last_layer(idm, frames, t, actions, windows, autocast)
 
     def inputs(i):
         windows = get_windows(frames, t[i], actions.device).permute(0, 2, 3, 1)  # (B, 64, 64, 9)
@@ -157,6 +190,7 @@ if __name__ == "__main__":
     state = run.restore(idm=idm, policy=policy)
 
     plan = [(n, args.exp_name) for n in args.num_labels]
+    some = windows["train"][:: 1 + len(windows["train"]) // 1024]  # without labels, to standardise features
     num_episodes = -(-args.eval_episodes // args.num_draws)  # of a policy
     scores, right = state.get("scores", []), state.get("right", [])  # of every draw that is done
     for draw in range(len(scores), args.num_draws):
@@ -169,7 +203,7 @@ if __name__ == "__main__":
         for n, _ in tqdm(plan, f"draw {draw + 1} of {args.num_draws}: fit", unit="policy", leave=False):
             run.leave_if_stopped()
             idm, policy = start()
-            fit_inverse_model(idm, frames["train"], t[:n], labels[:n], args, autocast)
+            fit_inverse_model(idm, frames["train"], t[:n], labels[:n], some, args, autocast)
             p = pseudo_label(idm, frames["train"], windows["train"], device, autocast)  # (windows, A)
             policies.append(fit_policy(policy, frames["train"], windows["train"], p, args, autocast))
             true, known = actions[windows["train"]], np.isin(windows["train"], labelled)

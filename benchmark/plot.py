@@ -1,6 +1,6 @@
 """The paper's figures and tables from the CSV files of collect_results.py, the paper's values beside ours.
 
-    python benchmark/plot.py    # results/*.csv -> {online,offline,bars,latents}.png, {tables,summary}.md
+    python benchmark/plot.py    # *.csv -> {online,offline,means,bars,latents}.png, {tables,summary}.md
 
 Intervals are 95%, by a bootstrap over seeds, draws of the labels and episodes (games stay as they are). With
 three seeds they are rough: seeds that differ much make them too narrow, episodes too wide. Of one seed they
@@ -273,6 +273,25 @@ def plot_offline(scores, offline, path):
     save(fig, path, text + "Look for where the lines stop rising.")
 
 
+def plot_means(scores, offline, path):
+    """Share of the demonstrator's return against the number of labels, mean of all games, a line a method."""
+    fig, ax = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
+    for i, method in enumerate(offline):
+        counts = sorted({n for _, m, n in scores.groups if m == method})
+        y = {n: found for n in counts if (found := scores.over_games(method, n))}
+        if y:
+            beside, mean = np.array([*y]) * 2 ** (0.12 * i - 0.2), np.array([*y.values()])
+            spread = np.maximum(0, [mean[:, 0] - mean[:, 1], mean[:, 2] - mean[:, 0]])
+            ax.errorbar(beside, mean[:, 0], spread, lw=2, ms=6, elinewidth=0.9, capsize=2, **style(method))
+    draw_ends(ax, 0, 1, "random", "demonstrator")
+    ax.set_title(f"mean of {len(scores.games)} games: {', '.join(scores.games)}", fontsize=10)
+    ax.set(xlabel="labelled frames", ylabel="share of the demonstrator's return above random")
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.legend(fontsize=8)
+    save(fig, path, "Bars: 95% bootstrap over seeds, draws of the labels and episodes.")
+
+
 def plot_bars(scores, offline, path):
     """Share of the demonstrator's return, a group a game; the paper's mean over its games beside them."""
     methods = [m for m in (*ONLINE, *offline) if any(key[1] == m for key in scores.groups)]
@@ -422,6 +441,7 @@ if __name__ == "__main__":
         print(f"{env_id}: no score of random play, which lapo_decode.py's runs hold; using the paper's")
     plot_online(curves, scores, folder / f"{prefix}online.png")
     plot_offline(scores, offline, folder / f"{prefix}offline.png")
+    plot_means(scores, offline, folder / f"{prefix}means.png")
     plot_bars(scores, offline, folder / f"{prefix}bars.png")
     plot_latents(points, folder / f"{prefix}latents.png")
     ran_on = Counter()
@@ -431,4 +451,6 @@ if __name__ == "__main__":
     ran_on = "; ".join(f"{device}: {count}" for device, count in ran_on.items())
     for name, table in (("tables", tables(scores, offline, space)), ("summary", summary(scores, offline))):
         (folder / f"{prefix}{name}.md").write_text(f"Rows of runs.csv by device: {ran_on}\n\n{table}")
-    print(f"wrote {folder}/{prefix}{{online,offline,bars,latents}}.png and {prefix}{{tables,summary}}.md")
+    print(
+        f"wrote {folder}/{prefix}{{online,offline,means,bars,latents}}.png and {prefix}{{tables,summary}}.md"
+    )

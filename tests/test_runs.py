@@ -296,5 +296,5 @@ def test_a_dead_idm(work, monkeypatch):
     """Pretraining ends where the IDM's last ReLU is shut for all windows: no gradient would open it again."""
     monkeypatch.setattr(torch.nn.Flatten, "forward", lambda self, x: -x.flatten(1).abs())  # before that ReLU
     message = refusal(work, "lapo_pretrain", *TOY["lapo_pretrain"], *FRESH)
-    assert "update 3 the IDM is dead" in message and "--learning-rate" in message
+    assert "dead at update 3" in message and "--learning-rate" in message
     assert not (work / run_dir("fresh") / "results.json").exists()

@@ -2,6 +2,7 @@
 
 import json
 
+import collect_results
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,8 @@ from conftest import (
     same_tensors,
     tensors,
 )
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
 import vpt
 
@@ -50,6 +53,8 @@ def test_scores_of_the_same_labels(pipeline, work):
         results["stage"] == "vpt"
         and results["demonstrator"] == pipeline.results["lapo_decode"]["demonstrator"]
     )
+    collected = collect_results.rows_of(work / run_dir("vpt"), results, "small")["runs.csv"]
+    assert [(row["method"], row["n_labels"]) for row in collected] == [("vpt", 16), ("vpt", 64)]
     worst, best = (results[end]["return_mean"] for end in ("random", "demonstrator"))
     for row in results["curve"]:
         assert row["episodes"] == 4 and row["return_mean"] == pytest.approx(np.mean(row["returns"]))
@@ -65,7 +70,8 @@ def test_scores_of_the_same_labels(pipeline, work):
     for n in (16, 64):
         idm, policy = (x.to(memory_format=torch.channels_last) for x in vpt.new_networks(15, {}, {}, args))
         labels = torch.from_numpy(actions[t[:n]]).long()
-        vpt.fit_inverse_model(idm, frames["train"], t[:n], labels, args, FLOAT32)
+        some = windows["train"][:: 1 + len(windows["train"]) // 1024]
+        vpt.fit_inverse_model(idm, frames["train"], t[:n], labels, some, args, FLOAT32)
         p = vpt.pseudo_label(idm, frames["train"], windows["train"], "cpu", FLOAT32)
         vpt.fit_policy(policy, frames["train"], windows["train"], p, args, FLOAT32)
     for name, network in (("idm", idm), ("policy", policy)):
@@ -86,7 +92,7 @@ def test_inverse_model_and_policy_learn(pipeline):
     torch.manual_seed(0)
     idm, policy = vpt.new_networks(15, {}, {}, args)
     labels = torch.from_numpy(shown[kind[t[:100] + 1]])  # what the frame after says: pi cannot know
-    vpt.fit_inverse_model(idm, frames, t[:100], labels, args, FLOAT32)
+    vpt.fit_inverse_model(idm, frames, t[:100], labels, t, args, FLOAT32)
     p = vpt.pseudo_label(idm, frames, t, "cpu", FLOAT32)
     assert p.shape == (298, 15) and (p.argmax(1).numpy() == shown[kind[t + 1]]).mean() > 0.98
     p = torch.zeros(298, 15)
@@ -95,6 +101,32 @@ def test_inverse_model_and_policy_learn(pipeline):
     with torch.no_grad():
         found = policy(torch.from_numpy(frames[t])).softmax(-1)
     assert torch.allclose(found.mean(0)[[0, 3]], torch.tensor([0.75, 0.25]), atol=0.05)
+
+
+@pytest.mark.parametrize("num_actions", [2, 15])
+def test_last_layer(num_actions):
+    """It is scikit-learn's logistic regression on standardised features; nothing below it moves."""
+    rng, args = np.random.default_rng(0), vpt.Args(idm_scale=0.25, policy_scale=0.25)
+    frames, t = rng.integers(256, size=(200, 64, 64, 3)).astype(np.uint8), np.arange(1, 199)
+    torch.manual_seed(0)
+    idm, _ = vpt.new_networks(num_actions, {}, {}, args)
+    before = {name: x.clone() for name, x in idm.network.state_dict().items()}
+    actions = torch.from_numpy(rng.integers(2, size=60))  # of 15, two occur
+    vpt.fit_last_layer(idm, frames, t[:60], actions, t, FLOAT32)
+    assert all(torch.equal(x, before[name]) for name, x in idm.network.state_dict().items())
+    with torch.no_grad():
+        x = idm.network(vpt.get_windows(frames, t, "cpu")).numpy()
+    scaler = StandardScaler().fit(x)
+    seen = np.concatenate([scaler.transform(x[:60]), np.zeros((num_actions, 256))])
+    weight = np.repeat([1, 0.1], [60, num_actions])
+    probe = LogisticRegression(C=0.01, max_iter=300)
+    probe.fit(seen, [*actions.tolist(), *range(num_actions)], sample_weight=weight)
+    found = vpt.pseudo_label(idm, frames, t, "cpu", FLOAT32).numpy()
+    np.testing.assert_allclose(found, probe.predict_proba(scaler.transform(x)), atol=1e-4)
+    assert (found[:60].argmax(1) == actions.numpy()).mean() > 0.7
+    vpt.fit_last_layer(idm, frames, t[:5], torch.zeros(5, dtype=torch.long), t, FLOAT32)  # one action alone
+    found = vpt.pseudo_label(idm, frames, t, "cpu", FLOAT32).numpy()
+    assert (found.argmax(1) == 0).all() and (found > 1e-3).all()
 
 
 def test_starts_from_lapo(pipeline):
