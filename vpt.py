@@ -80,7 +80,7 @@ class Args:
     bf16: tyro.conf.DisallowNone[bool | None] = None  # forward passes in bfloat16; default: if faster here
 
 
-def new_networks(num_actions, pretrained, cloned, args):
+def new_networks(num_actions, pretrained, cloned, args, device):
     """f (B, 9, 64, 64) -> (B, A) and pi (B, 64, 64, 3) -> (B, A): LAPO's networks, A logits for a latent.
 
     Checkpoints of LAPO, {} for none, bring their convolutions and linear layer; the last layer is new.
@@ -93,7 +93,7 @@ def new_networks(num_actions, pretrained, cloned, args):
         if weights:
             learned = {name.removeprefix("network."): x for name, x in weights.items() if "network." in name}
             network.network.load_state_dict(learned)
-    return idm, policy
+    return [network.to(device, memory_format=torch.channels_last) for network in (idm, policy)]
 
 
 @torch.no_grad()
@@ -180,11 +180,8 @@ if __name__ == "__main__":
     run.meta |= {"stage": "vpt", "data": data}
     device = (torch.accelerator.current_accelerator(True) if args.cuda else None) or torch.device("cpu")
 
-    def start():
-        networks = new_networks(A, pretrained, cloned, args)
-        return [network.to(device, memory_format=torch.channels_last) for network in networks]
-
-    idm, policy = kept = start()  # checkpoint.pt's: most labels, first draw
+    how = A, pretrained, cloned, args, device
+    idm, policy = kept = new_networks(*how)  # checkpoint.pt's: most labels, first draw
     few = get_windows(frames["train"], windows["train"][:16], device)
     autocast = choose_precision(args, device, lambda: idm(few).square().mean().backward())
     state = run.restore(idm=idm, policy=policy)
@@ -202,7 +199,7 @@ if __name__ == "__main__":
         right.append([])
         for n, _ in tqdm(plan, f"draw {draw + 1} of {args.num_draws}: fit", unit="policy", leave=False):
             run.leave_if_stopped()
-            idm, policy = start()
+            idm, policy = new_networks(*how)
             fit_inverse_model(idm, frames["train"], t[:n], labels[:n], some, args, autocast)
             p = pseudo_label(idm, frames["train"], windows["train"], device, autocast)  # (windows, A)
             policies.append(fit_policy(policy, frames["train"], windows["train"], p, args, autocast))

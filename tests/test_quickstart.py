@@ -122,7 +122,8 @@ def test_a_shipped_demonstrator(path):
     expert = collect.load_checkpoint(path, "ppo_procgen", ["agent", "num_levels", "start_level"], args)
     levels = expert["num_levels"], expert["start_level"]
     assert levels == (card["num_levels"], card["start_level"])
-    agent = collect.Agent(expert["args"]["scale"]).to(memory_format=torch.channels_last)
+    agent = collect.Agent(expert["args"]["scale"], expert["args"]["patch_size"])
+    agent = agent.to(memory_format=torch.channels_last)
     agent.load_state_dict(expert["agent"])
     assert np.mean(expert["returns"]) == pytest.approx(card["return_mean"], abs=1e-3)
     how, scores = (torch.Generator().manual_seed(0), SimpleNamespace(leave_if_stopped=lambda: None)), []

@@ -68,7 +68,7 @@ def test_scores_of_the_same_labels(pipeline, work):
     t = np.random.default_rng([1, 0]).permutation(windows["train"])[:64]  # lapo_decode.py's, of seed 1
     torch.manual_seed(1000)
     for n in (16, 64):
-        idm, policy = (x.to(memory_format=torch.channels_last) for x in vpt.new_networks(15, {}, {}, args))
+        idm, policy = vpt.new_networks(15, {}, {}, args, "cpu")
         labels = torch.from_numpy(actions[t[:n]]).long()
         some = windows["train"][:: 1 + len(windows["train"]) // 1024]
         vpt.fit_inverse_model(idm, frames["train"], t[:n], labels, some, args, FLOAT32)
@@ -90,7 +90,7 @@ def test_inverse_model_and_policy_learn(pipeline):
     frames += (kind * 100).astype(np.uint8)[:, None, None, None]
     t = np.arange(1, 299)
     torch.manual_seed(0)
-    idm, policy = vpt.new_networks(15, {}, {}, args)
+    idm, policy = vpt.new_networks(15, {}, {}, args, "cpu")
     labels = torch.from_numpy(shown[kind[t[:100] + 1]])  # what the frame after says: pi cannot know
     vpt.fit_inverse_model(idm, frames, t[:100], labels, t, args, FLOAT32)
     p = vpt.pseudo_label(idm, frames, t, "cpu", FLOAT32)
@@ -109,7 +109,7 @@ def test_last_layer(num_actions):
     rng, args = np.random.default_rng(0), vpt.Args(idm_scale=0.25, policy_scale=0.25)
     frames, t = rng.integers(256, size=(200, 64, 64, 3)).astype(np.uint8), np.arange(1, 199)
     torch.manual_seed(0)
-    idm, _ = vpt.new_networks(num_actions, {}, {}, args)
+    idm, _ = vpt.new_networks(num_actions, {}, {}, args, "cpu")
     before = {name: x.clone() for name, x in idm.network.state_dict().items()}
     actions = torch.from_numpy(rng.integers(2, size=60))  # of 15, two occur
     vpt.fit_last_layer(idm, frames, t[:60], actions, t, FLOAT32)
@@ -132,13 +132,13 @@ def test_last_layer(num_actions):
 def test_starts_from_lapo(pipeline):
     """f and pi begin as LAPO's networks up to their last layer; new ones otherwise, of the flags' sizes."""
     pretrained, cloned = (load(pipeline.checkpoints[stage]) for stage in ("lapo_pretrain", "lapo_bc"))
-    idm, policy = vpt.new_networks(9, pretrained, cloned, vpt.Args())
+    idm, policy = vpt.new_networks(9, pretrained, cloned, vpt.Args(), "cpu")
     for network, weights in ((idm, pretrained["idm"]), (policy, cloned["policy"])):
         for name, x in network.network.state_dict().items():
             assert torch.equal(x, weights[f"network.{name}"])
         assert network.head.weight.shape == (9, 256)
     of_differences = {"args": pretrained["args"] | {"idm_differences": True, "patch_size": 2}}
-    idm, policy = vpt.new_networks(9, of_differences, {}, vpt.Args(policy_scale=0.5, patch_size=4))
+    idm, policy = vpt.new_networks(9, of_differences, {}, vpt.Args(policy_scale=0.5, patch_size=4), "cpu")
     assert idm.differences and idm.network.conv[1].in_channels == 6 * 4  # patches of 2 x 2 pixels
     assert policy.network.conv[1].in_channels == 3 * 16 and policy.network.conv[1].out_channels == 8
 
