@@ -70,7 +70,6 @@ class Args:
     cloning_epochs: int = 0  # at least so many passes over the labels, if that is more steps
     cloning_learning_rate: float = 5e-4  # AdamW's learning rate for both, linearly to 0
     policy_batch_size: int = 128  # the largest batch of both; the decoder's is 512
-    shift: int = 0  # both see frames shifted at random by up to so many pixels
     label_smoothing: float = 0.05  # label smoothing of all
     weight_decay: float = 1e-2  # decoupled weight decay (AdamW) of all
     # run
@@ -184,17 +183,6 @@ class DecodedPolicy(nn.Module):
             return self.decoder(torch.cat([z, x.float()], dim=1) if self.features else z)
 
 
-def random_shift(images, pixels):
-    """Shifts each of the images (B, H, W, C) by up to +- pixels, edges repeated (Yarats et al. 2021)."""
-    if pixels == 0:
-        return images
-    B, H, W, _ = images.shape
-    down, right = torch.randint(-pixels, pixels + 1, (2, B, 1), device=images.device)
-    rows = (torch.arange(H, device=images.device) + down).clamp(0, H - 1)  # (B, H)
-    columns = (torch.arange(W, device=images.device) + right).clamp(0, W - 1)
-    return images[torch.arange(B, device=images.device)[:, None, None], rows[:, :, None], columns[:, None]]
-
-
 def fit(model, inputs, actions, updates, learning_rate, batch_size, args, autocast):
     """Minimises the cross-entropy of model(inputs(i)) on n labels: indices i (B,), actions (n,) or (n, A).
 
@@ -223,7 +211,7 @@ def fit_policy(policy, obs, actions, args, autocast):
     """Cloning: trains policy(o_t) -> logits of a_t on n labels, observations (n, 64, 64, 3)."""
     updates = max(args.cloning_updates, math.ceil(args.cloning_epochs * len(obs) / args.policy_batch_size))
     how = updates, args.cloning_learning_rate, args.policy_batch_size
-    return fit(policy, lambda i: random_shift(obs[i], args.shift), actions, *how, args, autocast)
+    return fit(policy, obs.__getitem__, actions, *how, args, autocast)
 
 
 def fit_lapo(policy, x, mean, std, obs, actions, num_actions, args, autocast):

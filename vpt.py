@@ -37,7 +37,6 @@ from lapo_decode import (
     load_checkpoint,
     load_dataset,
     play,
-    random_shift,
     report_accuracy,
     report_returns,
     test_accuracy,
@@ -78,6 +77,17 @@ class Args:
     overwrite: bool = False  # replace the run in the run folder; else a finished one is kept, another goes on
     cuda: bool = True  # use CUDA, or another accelerator that torch knows, where there is one
     bf16: tyro.conf.DisallowNone[bool | None] = None  # forward passes in bfloat16; default: if faster here
+
+
+def random_shift(images, pixels):
+    """Shifts each of the images (B, H, W, C) by up to +- pixels, edges repeated (Yarats et al. 2021)."""
+    if pixels == 0:
+        return images
+    B, H, W, _ = images.shape
+    down, right = torch.randint(-pixels, pixels + 1, (2, B, 1), device=images.device)
+    rows = (torch.arange(H, device=images.device) + down).clamp(0, H - 1)  # (B, H)
+    columns = (torch.arange(W, device=images.device) + right).clamp(0, W - 1)
+    return images[torch.arange(B, device=images.device)[:, None, None], rows[:, :, None], columns[:, None]]
 
 
 def new_networks(num_actions, pretrained, cloned, args, device):

@@ -325,7 +325,7 @@ def test_offline_fit(monkeypatch):
     floor = -right * np.log(right) - 14 * wrong * np.log(wrong)  # entropy of a smoothed label
     assert floor < loss < floor + 0.1
     np.testing.assert_allclose(rates, 1e-2 * (1 - np.arange(200) / 200))
-    args.cloning_updates, args.cloning_epochs, args.shift = 10, 3, 0
+    args.cloning_updates, args.cloning_epochs = 10, 3
     args.cloning_learning_rate, args.policy_batch_size = 1e-2, 64
     decode.fit_policy(decoder, z, a, args, FLOAT32)  # 3 epochs are more than 10 updates
     assert len(rates) == 200 + 3 * 256 // 64

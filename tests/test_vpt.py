@@ -34,8 +34,8 @@ def test_random_shift():
     """Every image is a crop of itself with its edges repeated; all shifts occur; channels move alike."""
     torch.manual_seed(0)
     images = torch.randint(256, (400, 6, 7, 2), dtype=torch.uint8)
-    shifted, seen = decode.random_shift(images, 2).numpy(), set()
-    assert shifted.dtype == np.uint8 and torch.equal(decode.random_shift(images, 0), images)
+    shifted, seen = vpt.random_shift(images, 2).numpy(), set()
+    assert shifted.dtype == np.uint8 and torch.equal(vpt.random_shift(images, 0), images)
     for image, found in zip(images.numpy(), shifted):
         padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="edge")
         crops = {(y, x): padded[y : y + 6, x : x + 7] for y in range(5) for x in range(5)}
