@@ -1,6 +1,7 @@
 """The stages end to end at toy size: what they write, what each one trains, labels left alone, schedules."""
 
 import json  # noqa: I001
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -173,7 +174,9 @@ def test_losses_compare_frames_with_what_belongs_to_them(pipeline, work, monkeyp
     belongs = torch.from_numpy(frames[t]), load(work / run_dir("lapo_bc") / "latents.pt")
     if stage == "lapo_pretrain":
         belongs = pretrain.get_windows(frames, t, "cpu").split([6, 3], dim=1)
-    known = {x.numpy().tobytes(): y for x, y in zip(*belongs)}
+    known = defaultdict(list)  # some frames occur more than once
+    for x, y in zip(*belongs):
+        known[x.numpy().tobytes()].append(y)
     given, compared, mse_loss = [], [], F.mse_loss
 
     def noting(guess, target):
@@ -190,7 +193,9 @@ def test_losses_compare_frames_with_what_belongs_to_them(pipeline, work, monkeyp
         inline(work, stage, *TOY[stage], "--exp-name", "noted")
     assert len(given) == len(compared) == 6 and len(known) > 0.9 * len(t)
     for x, target in zip(torch.cat(given), torch.cat(compared)):
-        torch.testing.assert_close(known[x.contiguous().numpy().tobytes()], target, atol=1e-6, rtol=0)
+        assert any(
+            torch.allclose(y, target, atol=1e-6, rtol=0) for y in known[x.contiguous().numpy().tobytes()]
+        )
 
 
 HEADS = [((512, 600, 2048), (0, 2.5e-3, 0))] * 2
