@@ -400,12 +400,9 @@ def report_returns(plan, played, data, device, autocast, run):
     A result is the mean over draws of the mean return of a draw's episodes. Which frames were labelled
     matters more than luck in play, and a draw's episodes share it: its standard error is over draws.
     """
-    A, seed = data["num_actions"], run.args.seed * 1000 + len(played)
-    uniform, num_episodes = (
-        lambda obs: torch.zeros(len(obs), A, device=device),
-        max(100, run.args.eval_episodes),
-    )
-    at_random = play([uniform], num_episodes, seed, data, device, autocast, run)[0]
+    num_episodes, seed = max(100, run.args.eval_episodes), run.args.seed * 1000 + len(played)
+    how = num_episodes, seed, data, device, autocast, run
+    at_random = play([lambda obs: torch.zeros(len(obs), data["num_actions"], device=device)], *how)[0]
     rows = []
     for (n, method), returns in zip(plan, played.swapaxes(0, 1)):  # (num_draws, episodes)
         row = {"method": method, "n_labels": n, "episodes": returns.size, "returns": returns.tolist()}

@@ -638,5 +638,5 @@ if __name__ == "__main__":
     last = (curve or [{}])[-1]
     run.finish(**last, curve=curve)
     if (cost := last.get("test/other_latent_cost", 1)) < 0.2:
-        print(f"The FDM has little use for latents yet (other_latent_cost {cost:.0%}): train for longer")
+        print(f"The FDM has little use for latents yet (other_latent_cost {cost:.0%}): more updates may help")
     print(f"next: python lapo_bc.py --env-id {args.env_id} --runs-dir {args.runs_dir}; or lapo_inspect.py")

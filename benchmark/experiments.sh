@@ -30,7 +30,7 @@ if [ -n "${THREADS:-}" ]; then export OMP_NUM_THREADS=$THREADS; fi
 PPO=(--num-steps 64 --ent-coef 0.0025 --learning-rate 5e-4 --no-anneal-lr)
 case $SCALE in
 small) # the quickstart's data and shapes, a twenty-fifth of the paper's frames online
-    case $ENV_ID in # updates of pretraining, by what latents are worth on seeds not reported (docs/results.md)
+    case $ENV_ID in # updates of pretraining; 8,000 is a guess until the diagnosis has been made for a game
     coinrun) UPDATES=2000 ;;
     *) UPDATES=8000 ;;
     esac
