@@ -276,12 +276,16 @@ def measure(stage, shapes):
         precision = "bfloat16" if "bfloat16" in on else "float32"
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
         torch.manual_seed(0)
+        torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else None
+        before = torch.cuda.memory_allocated()
         steps.append(build(SimpleNamespace(**s), on, autocast))
         with FlopCounterMode(display=False) as counter:
             steps[-1]()  # this is the warm-up, too
         row = {"stage": stage, "shapes": shapes, "variant": "+ " * (len(on) > 1) + on[-1]}
         gflop = round(counter.get_total_flops() / s["batch"] / 1e9, 4)
         rows.append({**row, "precision": precision, "gflop": gflop, "rounds": []})
+        if peak := torch.cuda.max_memory_allocated() - before:
+            rows[-1]["gpu_memory_gb"] = round(peak / 1e9, 3)
     rows[-1]["variant"] += " (= the script)"
     repeats = [math.ceil(args.seconds / seconds(step)) for step in steps]
     for _ in range(args.rounds):

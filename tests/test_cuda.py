@@ -1,0 +1,72 @@
+"""On a GPU: the CPU's numbers, and every stage runs, stops and goes on. Skipped where there is none."""
+
+import numpy as np  # noqa: I001
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import (
+    ADAM_STEP, ENV_ID, NOW, STAGES, TOY, bc, finetune, inline, interrupted, ppo, pretrain, results_of,
+)  # fmt: skip
+from test_plain_forms import gradients, random_frames, relative
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+FLAGS = {stage: [x for x in flags if x not in ("--no-cuda", "--no-bf16")] for stage, flags in TOY.items()}
+
+
+def pretraining(device):
+    idm, fdm = pretrain.IDM(1, 32), pretrain.FDM(32, 8)
+    for network in (idm, fdm):
+        network.to(device, memory_format=torch.channels_last)
+    windows = pretrain.get_windows(random_frames(40), np.arange(1, 33), device)
+    return pretrain.predict(idm, None, fdm, windows)[0], windows[:, 6:], idm, fdm
+
+
+def cloning(device):
+    policy = bc.LatentPolicy(1, 32).to(device, memory_format=torch.channels_last)
+    return policy(torch.from_numpy(random_frames(32)).to(device)), torch.ones(32, 32, device=device), policy
+
+
+def ppo_agent(device):
+    agent = ppo.Agent(1).to(device, memory_format=torch.channels_last)
+    torch.nn.init.normal_(agent.actor.weight, std=0.1)
+    logits, values = agent(torch.from_numpy(random_frames(32)).to(device))
+    return torch.cat([logits, values[:, None]], 1), torch.ones(32, 16, device=device), agent
+
+
+def finetuning(device):
+    agent = finetune.FinetunedAgent(1, 1, 32, (16,)).to(device, memory_format=torch.channels_last)
+    obs = torch.from_numpy(random_frames(32)).to(device)
+    logits, values = agent(agent.features(obs, torch.autocast(obs.device.type, enabled=False)))
+    return torch.cat([logits, values[:, None]], 1), torch.ones(32, 16, device=device), agent
+
+
+@pytest.mark.parametrize("build", [pretraining, cloning, ppo_agent, finetuning])
+@pytest.mark.parametrize("bf16, tolerance", [(False, 1e-4), (True, 2e-2)])
+def test_the_numbers_are_the_cpus(build, bf16, tolerance, monkeypatch):
+    """Outputs, loss and gradients on the same batch, against the CPU's in float32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    found = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        with torch.autocast(device, torch.bfloat16, enabled=bf16 and device == "cuda"):
+            output, target, *networks = build(device)
+        loss = F.mse_loss(output.float(), target)
+        loss.backward()
+        found.append([x.detach().float().cpu() for x in (output, loss, gradients(*networks))])
+    output, loss, gradient = map(relative, found[1], found[0])
+    print(f"{build.__name__}, bf16 {bf16}: output {output:.1e}, loss {loss:.1e}, gradient {gradient:.1e}")
+    assert max(output, loss) < tolerance and gradient < 10 * tolerance
+
+
+def test_every_stage(tmp_path):
+    for stage in STAGES:
+        inline(tmp_path, stage, *FLAGS[stage])
+        assert results_of(tmp_path, stage)["device"] == torch.cuda.get_device_name()
+    inline(tmp_path, "lapo_inspect", "--env-id", ENV_ID, "--rollout-steps", "4", "--num-groups", "5")
+    inline(tmp_path, "vpt", "--env-id", ENV_ID, *"--num-labels 16 --num-draws 2 --eval-episodes 4".split(),
+           *"--idm-updates 2 --policy-updates 2 --idm-scale 0.25 --policy-scale 0.25".split())  # fmt: skip
+    for stage in ("lapo_pretrain", "lapo_finetune_ppo"):  # stopped, it goes on to the end
+        name, flags = f"{stage}_stopped", [*FLAGS[stage], *NOW]
+        assert interrupted(tmp_path, stage, *flags, "--exp-name", name, **ADAM_STEP, n=2) == 130
+        inline(tmp_path, stage, *flags, "--exp-name", name)
+        assert results_of(tmp_path, name)["args"]["bf16"] == torch.cuda.is_bf16_supported(False)
