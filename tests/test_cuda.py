@@ -27,8 +27,9 @@ def cloning(device):
 
 
 def ppo_agent(device):
-    agent = ppo.Agent(1).to(device, memory_format=torch.channels_last)
+    agent = ppo.Agent(1)
     torch.nn.init.normal_(agent.actor.weight, std=0.1)
+    agent = agent.to(device, memory_format=torch.channels_last)
     logits, values = agent(torch.from_numpy(random_frames(32)).to(device))
     return torch.cat([logits, values[:, None]], 1), torch.ones(32, 16, device=device), agent
 
