@@ -66,7 +66,7 @@ class Args:
     patch_size: int = 1  # P, from scratch: patches of P x P pixels are folded into channels
     # optimisation
     shift: int = 4  # both see frames shifted at random by up to so many pixels, a window's alike
-    idm_updates: int = 1000  # gradient steps of f, on n labels
+    idm_epochs: int = 30  # passes of f over its n labels
     policy_updates: int = 10_000  # gradient steps of pi, on all frames
     learning_rate: float = 5e-4  # AdamW's learning rate for both, linearly to 0
     batch_size: int = 128  # the largest batch of both
@@ -143,7 +143,8 @@ def fit_inverse_model(idm, frames, t, actions, windows, args, autocast):
         windows = get_windows(frames, t[i], actions.device).permute(0, 2, 3, 1)  # (B, 64, 64, 9)
         return random_shift(windows, args.shift).permute(0, 3, 1, 2)
 
-    return fit(idm, inputs, actions, args.idm_updates, args.learning_rate, args.batch_size, args, autocast)
+    updates = -(-args.idm_epochs * len(t) // min(args.batch_size, len(t)))
+    return fit(idm, inputs, actions, updates, args.learning_rate, args.batch_size, args, autocast)
 
 
 @torch.no_grad()
@@ -170,9 +171,9 @@ if __name__ == "__main__":
     if WORLD_SIZE > 1:
         sys.exit("error: VPT trains small networks in one process: `python vpt.py`, no torchrun")
     counts = args.num_draws - 1, args.eval_episodes, args.num_envs, args.batch_size, args.shift + 1
-    if min(*counts, args.idm_updates, args.policy_updates) < 1 or not args.temperature > 0:
-        least = "--num-draws 2, --eval-episodes, --num-envs, --batch-size and all updates 1, --shift 0"
-        sys.exit(f"error: a flag is too small: {least}, --temperature more than 0")
+    if min(*counts, args.idm_epochs, args.policy_updates) < 1 or not args.temperature > 0:
+        least = "--num-draws 2, --shift 0, other counts 1, --temperature more than 0"
+        sys.exit(f"error: a flag is too small, expected at least: {least}")
     pretrained, cloned = {}, {}
     if args.pretrain_checkpoint:
         pretrained = load_checkpoint(args.pretrain_checkpoint, "lapo_pretrain", ["idm"], args)

@@ -8,7 +8,8 @@ runs.csv           a row a result: env_id, method, seed, n_labels, frames, retur
 curves.csv         mean return of the last 100 training episodes against frames, of every online run
 latent_space.csv   what latents tell of the true actions, beside the controls, as lapo_inspect.py found; and
                    the shares of their variance between episodes and between actions (either shuffled in the
-                   row shuffled_actions)
+                   row shuffled_actions); the costs of giving the FDM another latent, or true action, of
+                   the same episode, as shares of its loss
 latents_2d.csv     two principal components of some test latents and their true actions, a game's first seed
 quickstart.json    with --quickstart: results of report.py, each with its "kind" of CPU
 """
@@ -38,6 +39,7 @@ KEYS = {  # file -> what names a row; the rest are values
 SCORES = ["return_mean", "return_stderr", "relative_to_demonstrator"]
 PROBES = ["linear_probe", "mlp_probe", "nmi", "nmi_best_slot", "cluster_purity"]
 VARIANCES = ["variance_between_episodes", "variance_between_actions"]
+COSTS = ["other_latent_cost", "other_action_cost"]
 ORIGIN = ["device", "device_name", "threads", "commit", "wall_seconds"]  # device_name: of old rows
 VALUES = {
     "runs.csv": ["num_levels", "frames", *SCORES[:2], "episodes", *SCORES[2:], *ORIGIN, "returns"],
@@ -49,6 +51,7 @@ VALUES = {
         "codes_used",
         "idm_active_share",
         *VARIANCES,
+        *COSTS,
         "commit",
     ],
     "latents_2d.csv": ["x", "y", "action", "explained"],
@@ -110,6 +113,8 @@ def rows_of(run, results, scale):
                 row |= dict(zip(VARIANCES, shares))
             if of == "trained":
                 row |= {"codes_used": used, "idm_active_share": active}
+                for cost, given in zip(COSTS, ("the latent", "the true action")):
+                    row[cost] = results["worth"].get(given, {}).get("same_episode")
             more = {key: space[key] for key in ("chance", "windows")}
             rows["latent_space.csv"].append({**common, **more, **space[of], **row})
         if name == "lapo_inspect":

@@ -30,9 +30,9 @@ if [ -n "${THREADS:-}" ]; then export OMP_NUM_THREADS=$THREADS; fi
 PPO=(--num-steps 64 --ent-coef 0.0025 --learning-rate 5e-4 --no-anneal-lr)
 case $SCALE in
 small) # the quickstart's data and shapes, a twenty-fifth of the paper's frames online
-    case $ENV_ID in # updates of pretraining; 8,000 is a guess until the diagnosis has been made for a game
-    coinrun) UPDATES=2000 ;;
-    *) UPDATES=8000 ;;
+    case $ENV_ID in # updates of pretraining: until other_latent_cost has passed 20%, or 8,000, which it never did on
+    fruitbot | bigfish) UPDATES=8000 ;;
+    *) UPDATES=2000 ;;
     esac
     COLLECT=(--expert-checkpoint "experts/$ENV_ID.pt" --num-train-frames 65536 --num-test-frames 8192)
     PRETRAIN=(--num-updates "$UPDATES" --batch-size 32 --learning-rate 5e-4 --warmup-updates 500
@@ -44,7 +44,7 @@ small) # the quickstart's data and shapes, a twenty-fifth of the paper's frames 
     PPO+=(--total-timesteps 163840 --scale 1 --patch-size 2 --num-levels 16) # the policy's shape, experts' levels
     LABELS=(--num-labels 16 64 256 1024 4096 --num-draws 3 --eval-episodes 60)
     DECODE=("${LABELS[@]}" --decoder-updates 200 --cloning-updates 200 --cloning-epochs 10 --policy-batch-size 64)
-    VPT=("${LABELS[@]}" --idm-updates 300 --policy-updates 1000 --batch-size 64
+    VPT=("${LABELS[@]}" --idm-epochs 30 --policy-updates 2000 --batch-size 64
         --idm-scale 1 --policy-scale 1 --patch-size 2)
     ;;
 paper)
@@ -88,7 +88,8 @@ if [ "$SCALE" = paper ]; then run ppo_procgen.py ppo_procgen 1; fi # the demonst
 AFTER=ppo_procgen__1 run collect_expert_data.py collect_expert_data 1 --data-dir "$DATA" "${COLLECT[@]}" # one dataset for all seeds
 for seed in "$@"; do
     AFTER=collect_expert_data__1 run lapo_pretrain.py lapo_pretrain "$seed" --data-dir "$DATA" "${PRETRAIN[@]}"
-    AFTER=lapo_pretrain__$seed run lapo_inspect.py lapo_inspect "$seed" --data-dir "$DATA" --eval-windows 2048
+    AFTER=lapo_pretrain__$seed run lapo_inspect.py lapo_inspect "$seed" --data-dir "$DATA" --eval-windows 2048 \
+        --action-updates 600
     AFTER=lapo_pretrain__$seed run lapo_bc.py lapo_bc "$seed" --data-dir "$DATA" "${BC[@]}"
     AFTER=lapo_bc__$seed
     if [ "$EXPERIMENT" = online ] || [ "$EXPERIMENT" = all ]; then

@@ -53,23 +53,11 @@ PAPER_SCORES = {
 PAPER_SHARES = {"rl_sl": 1.00, "rl_no_sl": 0.93, "no_vq": 0.81, "ppo_from_scratch": 0.44}  # at 4M frames
 PAPER_SHARE_OFFLINE = 0.57  # of LAPO + decoder with 8,192 labels
 PAPER_RETURNS = {  # of LAPO + decoder with 8,192 labels, of PPO from scratch at 4M frames
-    "bigfish": (36, 2.6),
-    "bossfight": (10.2, 9.3),
-    "caveflyer": (3.6, 5.2),
-    "chaser": (1.0, 3.6),
-    "climber": (5.8, 5.2),
-    "coinrun": (6.7, 9.3),
-    "dodgeball": (14.4, 1.5),
-    "fruitbot": (2.5, 27.6),
-    "heist": (9.7, 3.4),
-    "jumper": (7.7, 6.8),
-    "leaper": (2.6, 5.3),
-    "maze": (9.4, 7.5),
-    "miner": (9.0, 5.8),
-    "ninja": (6.7, 5.2),
-    "plunder": (4.5, 4.0),
-    "starpilot": (53, 36),
-}
+    "bigfish": (36, 2.6), "bossfight": (10.2, 9.3), "caveflyer": (3.6, 5.2), "chaser": (1.0, 3.6),
+    "climber": (5.8, 5.2), "coinrun": (6.7, 9.3), "dodgeball": (14.4, 1.5), "fruitbot": (2.5, 27.6),
+    "heist": (9.7, 3.4), "jumper": (7.7, 6.8), "leaper": (2.6, 5.3), "maze": (9.4, 7.5),
+    "miner": (9.0, 5.8), "ninja": (6.7, 5.2), "plunder": (4.5, 4.0), "starpilot": (53, 36),
+}  # fmt: skip
 
 
 @dataclass

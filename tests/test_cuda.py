@@ -65,7 +65,7 @@ def test_every_stage(tmp_path):
         assert results_of(tmp_path, stage)["device"] == torch.cuda.get_device_name()
     inline(tmp_path, "lapo_inspect", "--env-id", ENV_ID, "--rollout-steps", "4", "--num-groups", "5")
     inline(tmp_path, "vpt", "--env-id", ENV_ID, *"--num-labels 16 --num-draws 2 --eval-episodes 4".split(),
-           *"--idm-updates 2 --policy-updates 2 --idm-scale 0.25 --policy-scale 0.25".split())  # fmt: skip
+           *"--idm-epochs 1 --policy-updates 2 --idm-scale 0.25 --policy-scale 0.25".split())  # fmt: skip
     for stage in ("lapo_pretrain", "lapo_finetune_ppo"):  # stopped, it goes on to the end
         name, flags = f"{stage}_stopped", [*FLAGS[stage], *NOW]
         assert interrupted(tmp_path, stage, *flags, "--exp-name", name, **ADAM_STEP, n=2) == 130

@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 import vpt
 
 TOY = f"--env-id {ENV_ID} --no-cuda --no-bf16 --num-labels 16 64 --num-draws 2 --eval-episodes 4".split()
-TOY += "--idm-scale 0.25 --policy-scale 0.25 --idm-updates 6 --policy-updates 8 --batch-size 32".split()
+TOY += "--idm-scale 0.25 --policy-scale 0.25 --idm-epochs 3 --policy-updates 8 --batch-size 32".split()
 FLOAT32 = torch.autocast("cpu", enabled=False)
 LAPO = ["--pretrain-checkpoint", run_dir("lapo_pretrain") / "checkpoint.pt"]
 LAPO += ["--bc-checkpoint", run_dir("lapo_bc") / "checkpoint.pt"]
@@ -64,7 +64,7 @@ def test_scores_of_the_same_labels(pipeline, work):
     # the same fit by hand
     _, frames, windows = decode.load_dataset(vpt.Args(env_id=ENV_ID, data_dir=str(pipeline.data)))
     actions = frames["train"].labels("actions")
-    args = vpt.Args(idm_scale=0.25, policy_scale=0.25, idm_updates=6, policy_updates=8, batch_size=32)
+    args = vpt.Args(idm_scale=0.25, policy_scale=0.25, idm_epochs=3, policy_updates=8, batch_size=32)
     t = np.random.default_rng([1, 0]).permutation(windows["train"])[:64]  # lapo_decode.py's, of seed 1
     torch.manual_seed(1000)
     for n in (16, 64):
@@ -82,7 +82,7 @@ def test_scores_of_the_same_labels(pipeline, work):
 def test_inverse_model_and_policy_learn(pipeline):
     """f tells actions that its windows show, pseudo-labels lie at their times, pi learns probabilities."""
     args = vpt.Args(
-        idm_scale=0.25, policy_scale=0.25, shift=1, idm_updates=60, policy_updates=60, batch_size=64
+        idm_scale=0.25, policy_scale=0.25, shift=1, idm_epochs=30, policy_updates=60, batch_size=64
     )
     args.learning_rate = 5e-3
     rng, shown = np.random.default_rng(0), np.array([0, 3, 7])
