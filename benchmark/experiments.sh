@@ -6,7 +6,7 @@
 #     SCALE        small (two CPU cores, about an hour a seed) or paper (a GPU; the scripts' defaults)
 #     EXPERIMENT   online    RL+SL, RL without the decoder, without VQ as well, PPO from scratch (paper section 6.3)
 #                  offline   16 ... 4096 labels (paper: 8192): LAPO + decoder (section 6.4), cloning from scratch, VPT's
-#                            pseudo-labels from scratch, and ours, VPT from LAPO's networks, on the same labels
+#                            pseudo-labels from scratch; ours: the decoder fine-tuned, VPT from LAPO's networks
 #                  all       both
 #
 #     benchmark/experiments.sh small all coinrun 1 2 3
@@ -105,6 +105,7 @@ for seed in "$@"; do
     fi
     if [ "$EXPERIMENT" = offline ] || [ "$EXPERIMENT" = all ]; then
         run lapo_decode.py lapo_decode "$seed" --data-dir "$DATA" "${DECODE[@]}"
+        run lapo_decode.py lapo_decode_finetuned "$seed" --finetune --no-cloning --data-dir "$DATA" "${DECODE[@]}"
         PRETRAINED=$OUT/${ENV_ID}__lapo_pretrain__$seed/checkpoint.pt CLONED=$OUT/${ENV_ID}__lapo_bc__$seed/checkpoint.pt
         AFTER=collect_expert_data__1 run vpt.py vpt "$seed" --data-dir "$DATA" "${VPT[@]}"
         run vpt.py vpt_lapo "$seed" --data-dir "$DATA" --pretrain-checkpoint "$PRETRAINED" --bc-checkpoint "$CLONED" \
