@@ -6,6 +6,7 @@
 runs.csv           a row a result: env_id, method, seed, n_labels, frames, return_mean, ...; `returns` holds
                    every episode's return, draws of the labels separated by |
 curves.csv         mean return of the last 100 training episodes against frames, of every online run
+pretraining.csv    losses and costs on the test split as pretraining goes on, and its probe
 latent_space.csv   what latents tell of the true actions, beside the controls, as lapo_inspect.py found; and
                    the shares of their variance between episodes and between actions (either shuffled in the
                    row shuffled_actions); the costs of giving the FDM another latent, or true action, of
@@ -33,6 +34,7 @@ import lapo_inspect as inspect  # noqa: E402
 KEYS = {  # file -> what names a row; the rest are values
     "runs.csv": ["scale", "env_id", "method", "seed", "n_labels"],
     "curves.csv": ["scale", "env_id", "method", "seed", "frames"],
+    "pretraining.csv": ["scale", "env_id", "run", "seed", "update"],
     "latent_space.csv": ["scale", "env_id", "run", "seed", "of"],
     "latents_2d.csv": ["scale", "env_id", "row"],
 }
@@ -40,20 +42,14 @@ SCORES = ["return_mean", "return_stderr", "relative_to_demonstrator"]
 PROBES = ["linear_probe", "mlp_probe", "nmi", "nmi_best_slot", "cluster_purity"]
 VARIANCES = ["variance_between_episodes", "variance_between_actions"]
 COSTS = ["other_latent_cost", "other_action_cost"]
+SPACE = [*PROBES, "chance", "windows", "codes_used", "idm_active_share", *VARIANCES, *COSTS, "commit"]
+MONITORED = ["fdm_loss", "copy_last_frame_loss", COSTS[0], "idm_active_share", "balanced_accuracy"]
 ORIGIN = ["device", "device_name", "threads", "commit", "wall_seconds"]  # device_name: of old rows
 VALUES = {
     "runs.csv": ["num_levels", "frames", *SCORES[:2], "episodes", *SCORES[2:], *ORIGIN, "returns"],
     "curves.csv": ["return"],
-    "latent_space.csv": [
-        *PROBES,
-        "chance",
-        "windows",
-        "codes_used",
-        "idm_active_share",
-        *VARIANCES,
-        *COSTS,
-        "commit",
-    ],
+    "pretraining.csv": MONITORED,
+    "latent_space.csv": SPACE,
     "latents_2d.csv": ["x", "y", "action", "explained"],
 }
 
@@ -98,6 +94,10 @@ def rows_of(run, results, scale):
             if before // every < frames // every:
                 row = {"method": name, "frames": frames, "return": round(value, 3)}
                 rows["curves.csv"].append(common | row)
+    elif stage == "lapo_pretrain":
+        for point in results["curve"]:  # test/fdm_loss comes after train/fdm_loss
+            values = {key.split("/")[-1]: f"{value:.4g}" for key, value in point.items()}
+            rows["pretraining.csv"].append(common | {"run": name} | values)
     elif stage == "lapo_inspect" and results["latent_space"]:
         space, pretrained = results["latent_space"], run.with_name(run.name.replace("inspect", "pretrain", 1))
         active = json.loads((pretrained / "results.json").read_text())["test/idm_active_share"]
