@@ -85,30 +85,29 @@ run() { # SCRIPT RUN_NAME SEED flags...: skips a finished run; AFTER names the r
 if [ "$SCALE" = paper ]; then run ppo_procgen.py ppo_procgen 1; fi # the demonstrator
 AFTER=ppo_procgen__1 run collect_expert_data.py collect_expert_data 1 --data-dir "$DATA" "${COLLECT[@]}" # one dataset for all seeds
 for seed in "$@"; do
+    of() { echo "$OUT/${ENV_ID}__${1}__$seed/checkpoint.pt"; }
     AFTER=collect_expert_data__1 run lapo_pretrain.py lapo_pretrain "$seed" --data-dir "$DATA" "${PRETRAIN[@]}"
     AFTER=lapo_pretrain__$seed run lapo_inspect.py lapo_inspect "$seed" --data-dir "$DATA" --eval-windows 2048 \
         --action-updates 600
     AFTER=lapo_pretrain__$seed run lapo_bc.py lapo_bc "$seed" --data-dir "$DATA" "${BC[@]}"
     AFTER=lapo_bc__$seed
-    if [ "$EXPERIMENT" = online ] || [ "$EXPERIMENT" = all ]; then
+    if [ "$EXPERIMENT" != online ]; then
+        run vpt.py vpt_lapo "$seed" --data-dir "$DATA" --pretrain-checkpoint "$(of lapo_pretrain)" \
+            --bc-checkpoint "$(of lapo_bc)" "${VPT[@]}"
+        run lapo_decode.py lapo_decode "$seed" --data-dir "$DATA" "${DECODE[@]}"
+        run lapo_decode.py lapo_decode_finetuned "$seed" --finetune --no-cloning --data-dir "$DATA" "${DECODE[@]}"
+        AFTER=collect_expert_data__1 run vpt.py vpt "$seed" --data-dir "$DATA" "${VPT[@]}"
+    fi
+    if [ "$EXPERIMENT" != offline ]; then
         run lapo_finetune_ppo.py rl_sl "$seed" "${FINETUNE[@]}"
         run lapo_finetune_ppo.py rl_no_sl "$seed" --no-sl "${FINETUNE[@]}"
         AFTER=collect_expert_data__1 run ppo_procgen.py ppo_from_scratch "$seed" "${PPO[@]}"
-        NO_VQ=$OUT/${ENV_ID}__lapo_pretrain_no_vq__$seed/checkpoint.pt
         AFTER=collect_expert_data__1 run lapo_pretrain.py lapo_pretrain_no_vq "$seed" --no-vq --data-dir "$DATA" "${PRETRAIN[@]}"
         AFTER=lapo_pretrain_no_vq__$seed run lapo_inspect.py lapo_inspect_no_vq "$seed" --data-dir "$DATA" \
-            --pretrain-checkpoint "$NO_VQ" --eval-windows 2048
+            --pretrain-checkpoint "$(of lapo_pretrain_no_vq)" --eval-windows 2048
         AFTER=lapo_pretrain_no_vq__$seed run lapo_bc.py lapo_bc_no_vq "$seed" --data-dir "$DATA" \
-            --pretrain-checkpoint "$NO_VQ" "${BC[@]}"
-        AFTER=lapo_bc_no_vq__$seed run lapo_finetune_ppo.py no_vq "$seed" --no-sl \
-            --bc-checkpoint "$OUT/${ENV_ID}__lapo_bc_no_vq__$seed/checkpoint.pt" "${FINETUNE[@]}"
-    fi
-    if [ "$EXPERIMENT" = offline ] || [ "$EXPERIMENT" = all ]; then
-        run lapo_decode.py lapo_decode "$seed" --data-dir "$DATA" "${DECODE[@]}"
-        run lapo_decode.py lapo_decode_finetuned "$seed" --finetune --no-cloning --data-dir "$DATA" "${DECODE[@]}"
-        PRETRAINED=$OUT/${ENV_ID}__lapo_pretrain__$seed/checkpoint.pt CLONED=$OUT/${ENV_ID}__lapo_bc__$seed/checkpoint.pt
-        AFTER=collect_expert_data__1 run vpt.py vpt "$seed" --data-dir "$DATA" "${VPT[@]}"
-        run vpt.py vpt_lapo "$seed" --data-dir "$DATA" --pretrain-checkpoint "$PRETRAINED" --bc-checkpoint "$CLONED" \
-            "${VPT[@]}"
+            --pretrain-checkpoint "$(of lapo_pretrain_no_vq)" "${BC[@]}"
+        AFTER=lapo_bc_no_vq__$seed run lapo_finetune_ppo.py no_vq "$seed" --no-sl --bc-checkpoint "$(of lapo_bc_no_vq)" \
+            "${FINETUNE[@]}"
     fi
 done
