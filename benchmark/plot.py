@@ -369,7 +369,8 @@ def tables(scores, offline, space):
             what = "interquartile mean" if many else "mean of the games", LOOKS[method][0], n and f"{n:.0f}"
             lines.append(table_row(*what, *[""] * 6, "{:.2f} ({:.2f} – {:.2f})".format(*found), ""))
     head = "game,pretraining,latents,seeds,linear probe,MLP probe,chance,NMI (slots),NMI (best),"
-    head += "cluster purity,variance between episodes,variance between actions,codes used,IDM active"
+    head += "cluster purity,variance between episodes,variance between actions,"
+    head += "cost of another latent,of another action,codes used,IDM active"
     lines += ["", *table_head(*head.split(","))]
     groups, order = defaultdict(list), ("trained", "untrained_idm", "shuffled_actions")
     for row in space:
@@ -377,7 +378,9 @@ def tables(scores, offline, space):
     for (g, run, of), rows in sorted(groups.items()):
         metrics = "linear_probe", "mlp_probe", "chance", "nmi", "nmi_best_slot", "cluster_purity"
         metrics = *metrics, "variance_between_episodes", "variance_between_actions"
-        values = [f"{np.mean([r[k] for r in rows]):.3f}" if rows[0][k] != "" else "" for k in metrics]
+        metrics = *metrics, "other_latent_cost", "other_action_cost"
+        known = [[r[k] for r in rows if r.get(k, "") != ""] for k in metrics]
+        values = [f"{np.mean(x):.3f}" if x else "" for x in known]
         used = "; ".join(str(r["codes_used"]) for r in rows if r["codes_used"])
         active = "; ".join(f"{r['idm_active_share']:.1%}" for r in rows if r["idm_active_share"] != "")
         what = g, "no VQ" if run.endswith("no_vq") else "VQ", order[of].replace("_", " "), len(rows)
