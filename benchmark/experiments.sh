@@ -3,7 +3,7 @@
 #
 #     benchmark/experiments.sh SCALE EXPERIMENT ENV_ID SEED...
 #
-#     SCALE        small (two CPU cores, about an hour a seed) or paper (a GPU; the scripts' defaults)
+#     SCALE        small (about 1.5 hours of a CPU core a seed) or paper (a GPU; the scripts' defaults)
 #     EXPERIMENT   online    RL+SL, RL without the decoder, without VQ as well, PPO from scratch (paper section 6.3)
 #                  offline   16 ... 4096 labels (paper: 8192): LAPO + decoder (section 6.4), cloning from scratch, VPT's
 #                            pseudo-labels from scratch; ours: the decoder fine-tuned, VPT from LAPO's networks
@@ -84,8 +84,8 @@ run() { # SCRIPT RUN_NAME SEED flags...: skips a finished run; AFTER names the r
 
 if [ "$SCALE" = paper ]; then run ppo_procgen.py ppo_procgen 1; fi # the demonstrator
 AFTER=ppo_procgen__1 run collect_expert_data.py collect_expert_data 1 --data-dir "$DATA" "${COLLECT[@]}" # one dataset for all seeds
+of() { echo "$OUT/${ENV_ID}__${1}__$seed/checkpoint.pt"; } # the checkpoint of a run, of this seed
 for seed in "$@"; do
-    of() { echo "$OUT/${ENV_ID}__${1}__$seed/checkpoint.pt"; }
     AFTER=collect_expert_data__1 run lapo_pretrain.py lapo_pretrain "$seed" --data-dir "$DATA" "${PRETRAIN[@]}"
     AFTER=lapo_pretrain__$seed run lapo_inspect.py lapo_inspect "$seed" --data-dir "$DATA" --eval-windows 2048 \
         --action-updates 600
