@@ -170,7 +170,15 @@ def style(method, **more):
 
 
 def panels(n, width, height):
-    return plt.subplots(1, n, figsize=(width * n, height), squeeze=False, layout="constrained")
+    """A figure of n panels, in two rows if they are more than four: figure, axes."""
+    rows = 1 + (n > 4)
+    columns = -(-n // rows)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"
+    )
+    for ax in axes.flat[n:]:
+        ax.remove()
+    return fig, axes.flat[:n]
 
 
 def save(fig, path, caption):
@@ -200,7 +208,7 @@ def plot_online(curves, scores, path):
         return
     fig, axes = panels(len(games) + 1, 5.2, 4.4)
     over_games = defaultdict(list)  # method -> [(frames in thousands, mean share)]
-    for ax, env_id in zip(axes[0], games):
+    for ax, env_id in zip(axes, games):
         for method in ONLINE:
             runs = defaultdict(dict)
             for row in curves:
@@ -218,7 +226,7 @@ def plot_online(curves, scores, path):
         two_axes(ax, scores, env_id)
         ax.set(title=f"{env_id} (band: lowest to highest seed)", xlabel="thousand frames")
         ax.legend(fontsize=7)
-    ax = axes[0, -1]
+    ax = axes[-1]
     for method, lines in over_games.items():
         if len(lines) == len(games):
             x = lines[0][0]  # other games may have points elsewhere
@@ -239,7 +247,7 @@ def plot_offline(scores, offline, path):
     if not games:
         return
     fig, axes = panels(len(games), 6.4, 4.6)
-    for ax, env_id in zip(axes[0], games):
+    for ax, env_id in zip(axes, games):
         for i, method in enumerate(offline):
             if counts := scores.label_counts(env_id, method):
                 y = np.array([scores.interval(env_id, method, n)[:3] for n in counts])
@@ -315,7 +323,7 @@ def plot_latents(points, path):
     if not games:
         return
     fig, axes = panels(len(games), 5.2, 4.4)
-    for ax, env_id in zip(axes[0], games):
+    for ax, env_id in zip(axes, games):
         mine = [p for p in points if p["env_id"] == env_id]
         xy = np.array([[p["x"], p["y"]] for p in mine])
         # Procgen's actions 0-8 are 3 * (right + 1) + (up + 1); 9-14 are buttons without a move
