@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's two experiments, and ours, one command each:
+# The paper's two experiments, ours, and what its readers ask, one command each:
 #
 #     benchmark/experiments.sh SCALE EXPERIMENT ENV_ID SEED...
 #
@@ -8,6 +8,7 @@
 #                  offline   16 ... 4096 labels (paper: 8192): LAPO + decoder (section 6.4), cloning from scratch, VPT's
 #                            pseudo-labels from scratch; ours: the decoder fine-tuned, VPT from LAPO's networks
 #                  all       both
+#                  stochastic, bottleneck, transfer, delay, video: questions.py (small; coinrun, FrozenLake-v1)
 #
 #     benchmark/experiments.sh small all coinrun 1 2 3
 #     python benchmark/collect_results.py --runs-dir runs/small && python benchmark/plot.py
@@ -56,8 +57,11 @@ paper)
 esac
 case $EXPERIMENT in
 online | offline | all) ;;
+stochastic | bottleneck | transfer | delay | video)
+    exec "$PYTHON" benchmark/questions.py "$EXPERIMENT" "$ENV_ID" "$@"
+    ;;
 *)
-    echo "error: EXPERIMENT is $EXPERIMENT, expected online, offline or all" >&2
+    echo "error: EXPERIMENT is $EXPERIMENT, none of those that \`$0\` lists" >&2
     exit 1
     ;;
 esac

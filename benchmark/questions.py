@@ -1,0 +1,526 @@
+"""The checks that the paper's readers ask for: runs them, collects their rows, draws them.
+
+    benchmark/experiments.sh small stochastic FrozenLake-v1 1 2 3   # or bottleneck, transfer, delay, video
+    python benchmark/questions.py                                   # draws all rows that there are
+
+A question compares variants of LAPO at the quickstart's size: other games (altered.py), flags of pretraining,
+or videos. Each has a folder in runs/questions; what is finished is skipped. Writes benchmark/results/
+questions.csv, a row a number; questions-QUESTION.png, a dot a seed, lines through their means; and
+questions.md, means with 95% intervals (Student's t over seeds: wide with three). See docs/questions.md.
+"""
+
+import csv
+import json
+import shlex
+import subprocess
+import sys
+from collections import defaultdict
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from scipy import stats
+from tqdm import tqdm
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+from altered import Altered  # noqa: E402
+
+import lapo_decode as decode  # noqa: E402
+import lapo_inspect as inspect  # noqa: E402
+from first import cluster  # noqa: E402
+
+RUNS, RESULTS = Path("runs/questions"), ROOT / "benchmark" / "results"
+KEYS = ["question", "env_id", "variant", "seed", "measure", "n_labels"]
+FLAGS = {  # of the stages: experiments.sh's, half as much cloning and online play, label counts of our own
+    "collect_expert_data": "--expert-checkpoint experts/coinrun.pt --num-train-frames 65536 "
+    "--num-test-frames 8192",
+    "lapo_pretrain": "--num-updates 2000 --batch-size 32 --learning-rate 5e-4 --warmup-updates 500 "
+    "--patch-size 2 --idm-scale 1 --fdm-width 16 --vq-dim 4 --predict-change",
+    "lapo_bc": "--num-updates 2500 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 --policy-scale 1",
+    "lapo_decode": "--num-labels 16 64 128 512 2048 --num-draws 4 --eval-episodes 120 --temperature 0.5 "
+    "--decoder-updates 200 --cloning-updates 200 --policy-batch-size 64",
+    "lapo_finetune_ppo": "--total-timesteps 81920 --action-head-warmup 7000 10000 "
+    "--value-head-warmup 5000 10000 --linear-warmup 10000 40000",
+    "ppo_procgen": "--total-timesteps 81920 --num-steps 64 --ent-coef 0.0025 --learning-rate 5e-4 "
+    "--no-anneal-lr --scale 1 --patch-size 2 --num-levels 16",
+}
+LAKE = {  # what the small world has of its own, quickstart.sh's
+    "collect_expert_data": "--demonstrator value_iteration --num-levels 16 --num-train-frames 4096 "
+    "--num-test-frames 512 --num-envs 32",
+    "lapo_pretrain": "--num-updates 600 --batch-size 32 --learning-rate 1e-3 --warmup-updates 100 "
+    "--idm-differences --no-vq --vq-num-codebooks 1 --vq-num-slots 1 --vq-dim 4 --patch-size 2 "
+    "--idm-scale 0.5 --fdm-width 8 --predict-change",
+    "lapo_bc": "--num-updates 1200 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 "
+    "--policy-scale 0.5",
+    "lapo_decode": FLAGS["lapo_decode"].replace(" 2048", ""),
+    "lapo_finetune_ppo": "--total-timesteps 20480 --num-envs 16 --action-head-warmup 1750 2500 "
+    "--value-head-warmup 1250 2500 --linear-warmup 2500 10000 --decoder-frames 2500 400000",
+    "ppo_procgen": FLAGS["ppo_procgen"]
+    .replace("81920", "20480 --num-envs 16")
+    .replace("--scale 1", "--scale 0.5"),
+}
+RATES, DELAYS, FRAMES = (0, 0.1, 0.25, 0.5), (0, 1, 2, 4), (2048, 8192, 32768, 65536, 131072)
+SIZES = {
+    "1x1x8": 3,
+    "1x2x16": 8,
+    "2x4x64": 48,
+    "no VQ": 64,
+}  # codebooks x slots x codes: bits; 64 for plotting
+WORLDS = {
+    "its own": {},
+    "other levels": {"start_level": 1000},
+    "no background": {"use_backgrounds": False},
+    "plain colours": {"use_monochrome_assets": True},
+    "other themes, harder levels": {"distribution_mode": "hard"},
+}
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Args:
+    question: tyro.conf.Positional[str] = ""  # see above; none: draw what there is
+    env_id: tyro.conf.Positional[str] = "coinrun"  # coinrun; stochastic: FrozenLake-v1, too
+    seeds: tyro.conf.Positional[tuple[int, ...]] = (1, 2, 3)  # the videos are seed 1's
+
+
+# Runs
+
+
+def folder(env_id, variant):
+    return RUNS / env_id / variant.replace(",", "").replace(" ", "-")
+
+
+def run(env_id, variant, stage, seed, *flags, altered=()):
+    """results.json of a stage's run in the variant's folder, and where it lies; made if it is not there."""
+    path = folder(env_id, variant) / f"{env_id}__{stage}__{seed}" / "results.json"
+    if not path.exists():
+        own = (LAKE if env_id == "FrozenLake-v1" else {}).get(stage, FLAGS[stage])
+        command = [f"{stage}.py", "--env-id", env_id, "--seed", str(seed), "--runs-dir", path.parent.parent]
+        command = [*map(str, command), *own.split(), *map(str, flags)]
+        command = ["benchmark/altered.py", *altered, *command] if altered else command
+        print("==", shlex.join(["python", *command]), flush=True)
+        if status := subprocess.run([sys.executable, *command]).returncode:
+            sys.exit(status)
+    return json.loads(path.read_text()) | {"path": path.parent}
+
+
+def lapo(env_id, variant, seed, pretrain="", bc="", collect="", videos=None, altered=()):
+    """A variant's first four stages: {stage: results}. It has videos of its own, or another variant's."""
+    made = {"data_dir": collected(env_id, videos or variant, collect, altered)}
+    data = "--data-dir", made["data_dir"]
+    made["pretrain"] = run(env_id, variant, "lapo_pretrain", seed, *data, *pretrain.split())
+    made["bc"] = run(env_id, variant, "lapo_bc", seed, *data, *bc.split())
+    return made | {"decode": run(env_id, variant, "lapo_decode", seed, *data, altered=altered)}
+
+
+def collected(env_id, variant, flags="", altered=()):
+    """The dataset of a variant, the demonstrator's play in its games; one for all seeds."""
+    data_dir = folder(env_id, variant) / "data"
+    run(env_id, variant, "collect_expert_data", 1, "--data-dir", data_dir, *flags.split(), altered=altered)
+    return data_dir
+
+
+def online(env_id, variant, seed, made, altered=(), stages=("lapo_finetune_ppo", "ppo_procgen")):
+    """Returns after RL in a variant's games, with LAPO's policy and from scratch: {measure: return}."""
+    names, found = {"lapo_finetune_ppo": "RL + SL", "ppo_procgen": "PPO from scratch"}, {}
+    for stage in stages:
+        flags = ["--bc-checkpoint", made["bc"]["path"] / "checkpoint.pt"] * (stage == "lapo_finetune_ppo")
+        found[names[stage]] = run(env_id, variant, stage, seed, *flags, altered=altered)["return_mean"]
+    return found
+
+
+# What they are asked
+
+
+def load(made):
+    """Frames, windows and labels of a variant's dataset; its IDM."""
+    env_id, path = made["pretrain"]["env_id"], made["pretrain"]["path"] / "checkpoint.pt"
+    _, frames, windows = decode.load_dataset(SimpleNamespace(env_id=env_id, data_dir=made["data_dir"]))
+    pretrained = torch.load(path, weights_only=True)
+    return frames, windows, inspect.build_networks(pretrained["args"], CPU, pretrained)[0]
+
+
+def played(made):
+    """Returns of a variant's decoded policy, of cloning, random play and the demonstrator in its games."""
+    names = {"lapo_decoder": "LAPO + decoder", "cloning_from_scratch": "cloning"}
+    found = {(names[row["method"]], row["n_labels"]): row["return_mean"] for row in made["decode"]["curve"]}
+    return found | {"random": made["decode"]["random"]["return_mean"], "demonstrator": demonstrator(made)}
+
+
+def demonstrator(made):
+    """The mean return of the episodes in the training videos: what it got in these games."""
+    first, returns = (np.load(made["data_dir"] / "train" / f"{name}.npy") for name in ("first", "returns"))
+    return float(np.nanmean(returns[first]))
+
+
+def learned(made):
+    """How well a variant predicts, and what its latents tell: k-means against actions, meant and happened."""
+    frames, windows, idm = load(made)
+    t = np.random.default_rng(0).permutation(windows["test"])[:2048]
+    z, moved = inspect.encode(idm, None, frames["test"], t, CPU)[0], moving(frames["test"], t)
+    meant = frames["test"].labels("actions")[t]
+    happened = frames["test"].folders[0] / "happened.npy"
+    labels = {"meant": meant, "shuffled": np.random.default_rng(0).permutation(meant)}
+    labels["happened"] = np.load(happened)[t] if happened.exists() else meant
+    last, found = made["pretrain"], {}
+    found["loss / copying"] = last["test/fdm_loss"] / last["test/copy_last_frame_loss"]
+    for name, actions in labels.items():
+        _, _, purity, nmi = cluster(z, len(np.unique(meant)) + (not moved.all()), actions, moved)
+        found |= {f"purity, {name}": float(purity), f"NMI, {name}": float(nmi)}
+    return found
+
+
+def moving(frames, t):
+    """Whether o_t and o_{t+1} differ, t (n,): (n,)."""
+    pairs = frames[t[:, None] + [0, 1]]
+    return (pairs[:, 0] != pairs[:, 1]).any((1, 2, 3))
+
+
+def fit_decoder(x, actions):
+    """LAPO's decoder, of inputs (n, D) and actions (n,), as lapo_decode.py fits it."""
+    decoder = decode.Decoder(x.shape[1], (192, 128, 64))
+    decoder.mean.copy_(x.mean(0))
+    decoder.std.copy_(x.std(0) + 1e-6)
+    args = SimpleNamespace(weight_decay=1e-2, label_smoothing=0.05)
+    return decode.fit(decoder, x.__getitem__, actions, 200, 1e-3, 512, args, nullcontext())
+
+
+@torch.no_grad()
+def accuracy(decoder, x, actions):
+    return (decoder(x).argmax(1) == actions).float().mean().item()
+
+
+def stochastic(env_id, seed):
+    kind = "--random" if env_id == "FrozenLake-v1" else "--sticky"
+    for rate in RATES:
+        variant, altered = ("as it is", ()) if rate == 0 else (f"{kind[2:]} {rate}", (kind, str(rate)))
+        made = lapo(env_id, variant, seed, altered=altered)
+        yield rate, learned(made) | played(made) | online(env_id, variant, seed, made, altered)
+
+
+def bottleneck(env_id, seed):
+    for size in SIZES:
+        variant, flags = ("as it is", "") if size == "2x4x64" else (size, "--no-vq")
+        if "x" in size and flags:
+            flags = "--vq-num-codebooks {} --vq-num-slots {} --vq-num-codes {}".format(*size.split("x"))
+        made = lapo(env_id, variant, seed, flags, videos="as it is")
+        rl = online(env_id, variant, seed, made, stages=["lapo_finetune_ppo"])
+        yield size, learned(made) | played(made) | rl
+
+
+def transfer(env_id, seed):
+    """A latent policy in other worlds: decoded there with labels of its own world, and fine-tuned there."""
+    own = lapo(env_id, "as it is", seed)
+    torch.manual_seed(seed)
+    labeller = None
+    for world, options in WORLDS.items():
+        variant, altered = ("as it is", ()) if not options else (world, ("--options", json.dumps(options)))
+        made = own | {"data_dir": collected(env_id, variant, altered=altered)}
+        flags = "--data-dir", own["data_dir"], "--bc-checkpoint", own["bc"]["path"] / "checkpoint.pt"
+        made["decode"] = run(env_id, variant, "lapo_decode", seed, *flags, altered=altered)
+        frames, windows, idm = load(made)
+
+        def few(split, n, frames=frames, windows=windows, idm=idm):
+            t = np.random.default_rng(seed).permutation(windows[split])[:n]
+            z = torch.from_numpy(inspect.encode(idm, None, frames[split], t, CPU)[0])
+            return z, torch.from_numpy(frames[split].labels("actions")[t]).long()
+
+        of_this = fit_decoder(*few("train", 2048))
+        labeller, test = labeller or of_this, few("test", 4096)  # the first world is its own
+        found = {"accuracy, its own world's labels": accuracy(labeller, *test)}
+        found["accuracy, this world's labels"] = accuracy(of_this, *test)
+        found["accuracy, commonest action"] = commonest(test[1])
+        yield world, found | played(made) | online(env_id, variant, seed, made, altered)
+
+
+def commonest(actions):
+    return actions.bincount().max().item() / len(actions)
+
+
+def delay(env_id, seed):
+    """An action that shows k steps late: what latents tell of it, what that costs, what mends it."""
+    for k in DELAYS:
+        altered = ("--delay", str(k)) if k else ()
+        made = lapo(env_id, f"delay {k}" if k else "as it is", seed, altered=altered)
+        yield k, played(made) | late(made, k, seed)
+
+
+def late(made, k, seed):
+    """Accuracies of decoders with 512 labels that see several latents, or pi's; returns with two of them."""
+    cloned = torch.load(made["bc"]["path"] / "checkpoint.pt", weights_only=True)
+    frames, windows, idm = load(made)
+    policy, steps = new_policy(cloned), np.arange(-k, k + 1)
+    policy.load_state_dict(cloned["policy"])
+    z, pi, actions = {}, {}, {}
+    for split, n in (("train", 512), ("test", 2048)):
+        t = windows[split][np.isin(windows[split][:, None] + steps, windows[split]).all(1)]  # in one episode
+        t = np.random.default_rng(seed).permutation(t)[:n]
+        near = (t[:, None] + steps).ravel()
+        z[split] = torch.from_numpy(inspect.encode(idm, None, frames[split], near, CPU)[0])
+        pi[split] = latents(policy, frames[split], near)
+        actions[split] = torch.from_numpy(frames[split].labels("actions")[t]).long()
+    found, decoders, now = {"accuracy, commonest action": commonest(actions["test"])}, {}, slice(k, k + 1)
+    inputs = {"z_t": (z, now), "z_t+k": (z, slice(2 * k, None)), "z_t to z_t+k": (z, slice(k, None))}
+    inputs |= {"pi(o_t)": (pi, now), "pi(o_t-k) to pi(o_t)": (pi, slice(k + 1))}
+    for name, (of, which) in inputs.items():
+        x = {split: of[split].view(len(actions[split]), 2 * k + 1, -1)[:, which].flatten(1) for split in of}
+        torch.manual_seed(seed)
+        decoders[name] = fit_decoder(x["train"], actions["train"])
+        found[f"accuracy from {name}"] = accuracy(decoders[name], x["test"], actions["test"])
+    if k:
+        recalled = recall(policy, decoders["pi(o_t-k) to pi(o_t)"], k)
+        found["pi at several steps", 512] = play(made, k, seed, recalled)
+        ahead = clone_ahead(cloned, made, frames, windows, k, seed)
+        found["pi of later latents", 512] = play(made, k, seed, lambda obs, _: decoders["z_t+k"](ahead(obs)))
+    return found
+
+
+def new_policy(cloned):
+    """A latent policy of the sizes of a checkpoint of lapo_bc.py, untrained."""
+    sizes = cloned["args"]["policy_scale"], len(cloned["policy"]["mean"])
+    return decode.LatentPolicy(*sizes, cloned["pretrain_args"]["patch_size"])
+
+
+@torch.no_grad()
+def latents(policy, frames, t):
+    """pi(o_t) of times t (n,): (n, latent_dim)."""
+    pieces = np.split(t, range(512, len(t), 512))
+    return torch.cat([policy(torch.from_numpy(frames[piece])) for piece in pieces])
+
+
+def recall(policy, decoder, k):
+    """A policy (obs, episode) -> logits that decodes pi of the last k + 1 steps, at first of fewer."""
+    past = {}
+
+    def act(obs, episode):
+        for e, z in zip(episode, policy(obs)):
+            past[e] = [*past.get(e, [z] * (k + 1))[1:], z]
+        return decoder(torch.stack([torch.cat(past[e]) for e in episode]))
+
+    return act
+
+
+def clone_ahead(cloned, made, frames, windows, k, seed):
+    """A policy cloned as lapo_bc.py does, but on the latents z_{t+k} that its own actions will cause."""
+    z = torch.load(made["bc"]["path"] / "latents.pt", weights_only=True)
+    t, a = windows["train"], cloned["args"]
+    now = np.flatnonzero(np.isin(t[:, None] + np.arange(k + 1), t).all(1))
+    torch.manual_seed(seed)
+    policy = new_policy(cloned).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(policy.parameters())
+    for update in tqdm(range(a["num_updates"]), f"clone z_t+{k}"):
+        warmed_up = [0, a["warmup_updates"], a["num_updates"]]
+        optimizer.param_groups[0]["lr"] = a["learning_rate"] * np.interp(update, warmed_up, [0.01, 1, 0])
+        i = now[torch.randint(len(now), (a["batch_size"],)).numpy()]
+        loss = F.mse_loss(policy(torch.from_numpy(frames["train"][t[i]])), z[np.searchsorted(t, t[i] + k)])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return policy.eval()
+
+
+def play(made, k, seed, policy):
+    """The mean return of 120 episodes in games with delay k."""
+    data = json.loads((made["data_dir"] / "meta.json").read_text())
+    env = decode.make_env(data["env_id"], 60, data["num_levels"], data["start_level"], seed)
+    run, rng = SimpleNamespace(leave_if_stopped=lambda: None), torch.Generator().manual_seed(seed)
+    return float(decode.evaluate(lambda *x: policy(*x) / 0.5, Altered(env, delay=k), 120, rng, run).mean())
+
+
+def video(env_id, seed):
+    """More frames, with the same updates, and with updates in proportion."""
+    for frames in FRAMES:
+        videos, part = "as it is" if frames == 65536 else f"{frames} frames", frames / 65536
+        collect = f"--num-train-frames {frames}"
+        found = played(lapo(env_id, videos, seed, collect=collect))
+        if part == 1:
+            yield frames, found
+            continue
+        warmups = [f"--warmup-updates {updates * min(1, part):.0f}" for updates in (500, 50)]
+        longer = [f"--num-updates {updates * part:.0f} {w}" for updates, w in zip((2000, 2500), warmups)]
+        also = played(lapo(env_id, f"{videos}, in proportion", seed, *longer, collect, videos))
+        ours = [(key, value) for key, value in found.items() if key[0] == "LAPO + decoder"]
+        yield frames, dict(ours) | {("in proportion", n): also[key, n] for (key, n), _ in ours}
+
+
+QUESTIONS = {f.__name__: f for f in (stochastic, bottleneck, transfer, delay, video)}
+
+
+def ask(question, env_id, seed):
+    """Rows of questions.csv: one seed's answers."""
+    for variant, found in QUESTIONS[question](env_id, seed):
+        for key, value in found.items():
+            measure, n_labels = key if isinstance(key, tuple) else (key, "")
+            yield dict(zip(KEYS, map(str, (question, env_id, variant, seed, measure, n_labels)))), value
+
+
+# Pictures
+
+
+class Answers:
+    """Rows of a question in one game: of a variant, measure and n_labels the seeds' numbers."""
+
+    def __init__(self, rows):
+        self.found = defaultdict(dict)
+        for row in rows:
+            self.found[row["variant"], row["measure"], row["n_labels"]][row["seed"]] = float(row["value"])
+        self.variants = list(dict.fromkeys(row["variant"] for row in rows))
+
+    def of(self, variant, measure, n=""):
+        """A number a seed: (seeds,)."""
+        return np.array([*self.found[str(variant), measure, str(n)].values()])
+
+    def shares(self, variant, measure, n=""):
+        """The same as shares of the demonstrator's return above random play, in the variant's games."""
+        games = variant if len(self.of(variant, "random")) else 65536  # of video's variants one has them
+        low, high = (self.of(games, end).mean() for end in ("random", "demonstrator"))
+        return (self.of(variant, measure, n) - low) / (high - low)
+
+    def labels_for(self, variant, share=0.8):
+        """Labels that a seed's decoder needs for this share, between label counts by their logarithm."""
+        counts = sorted(int(n) for v, m, n in self.found if (v, m) == (str(variant), "LAPO + decoder"))
+        curves = np.transpose([self.shares(variant, "LAPO + decoder", n) for n in counts])  # (seeds, counts)
+        return np.array([first_above(np.log2(counts), curve, share) for curve in curves])
+
+
+def first_above(x, y, level):
+    """2 to the x where the line through x, y (n,) first reaches the level; inf if it never does."""
+    above = np.flatnonzero(y >= level)
+    if not len(above):
+        return np.inf
+    i = above[0]
+    return 2 ** (x[i] if i == 0 else np.interp(level, y[i - 1 : i + 1], x[i - 1 : i + 1]))
+
+
+def interval(values):
+    """Mean of a number a seed ± half of its 95% interval, as text; of one seed there is none."""
+    if len(values) < 2:
+        return f"{np.mean(values):.3g}" if len(values) else ""
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return f"{np.mean(values):.3g} ± {half:.2g}"
+
+
+def draw(ax, x, values, color, label, marker="o"):
+    """A line through the means of values, [(seeds,)] at x, and a dot a seed."""
+    there = [(at, of_seeds) for at, of_seeds in zip(x, values) if len(of_seeds)]
+    ax.plot([at for at, _ in there], [np.mean(v) for _, v in there], color=color, marker=marker, label=label)
+    for at, of_seeds in there:
+        ax.scatter([at] * len(of_seeds), of_seeds, s=10, color=color, alpha=0.6, zorder=3)
+
+
+PREDICTION = "prediction", [("loss / copying", "")]
+LATENTS = "latents against actions: NMI", [(f"NMI, {name}", "") for name in ("meant", "happened", "shuffled")]
+DECODED = [("LAPO + decoder", 128), ("cloning", 128)]
+RL = [("RL + SL", ""), ("PPO from scratch", "")]
+ACCURACIES = ["its own world's labels", "this world's labels", "commonest action"]
+SEEN = ["z_t", "z_t+k", "z_t to z_t+k", "pi(o_t)", "pi(o_t-k) to pi(o_t)"]
+MENDED = [("pi at several steps", 512), ("pi of later latents", 512)]
+PANELS = {  # question: what x is, panels [(title, [(measure, n_labels)])]
+    "stochastic": ("how often another action is carried out", [PREDICTION, LATENTS, ("play", DECODED + RL)]),
+    "bottleneck": ("codebooks x slots x codes", [PREDICTION, LATENTS, ("play", DECODED[:1] + RL[:1])]),
+    "transfer": ("", [("play", [("LAPO + decoder", 512), *RL])]),
+    "delay": (
+        "steps until an action shows",
+        [("play", [("LAPO + decoder", 512), ("cloning", 512), *MENDED])],
+    ),
+    "video": ("frames of video", [("play", [DECODED[0], ("in proportion", 128)])]),
+}
+PANELS["bottleneck"][1].append(("labels for 0.8 of the demonstrator", [("labels", "")]))
+PANELS["transfer"][1].append(("the IDM as a labeller", [(f"accuracy, {name}", "") for name in ACCURACIES]))
+PANELS["delay"][1].insert(0, ("what tells a_t, 512 labels", [(f"accuracy from {name}", "") for name in SEEN]))
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]  # Okabe and Ito
+
+
+def numbers(answers, variant, title, measure, n):
+    """What a panel shows of a variant: (seeds,)."""
+    if measure == "labels":
+        return answers.labels_for(variant)
+    return (answers.shares if title == "play" else answers.of)(variant, measure, n)
+
+
+def plot(question, games, path):
+    """A question's picture: a row a game {env_id: Answers}, a column a panel."""
+    label, panels = PANELS[question]
+    size = 5 * len(panels), 4.2 * len(games)
+    fig, axes = plt.subplots(len(games), len(panels), figsize=size, squeeze=False, layout="constrained")
+    for row, (env_id, answers) in zip(axes, games.items()):
+        numeric = question in ("stochastic", "delay", "video")
+        x = list(map(float, answers.variants)) if numeric else range(len(answers.variants))
+        for ax, (title, lines) in zip(row, panels):
+            for color, (measure, n) in zip(COLORS, lines):
+                values = [numbers(answers, v, title, measure, n) for v in answers.variants]
+                name = f"{measure}, {n} labels" if n else measure
+                if question == "video":
+                    name += slope(x, values)
+                draw(ax, x, values, color, name)
+            if question == "video":
+                cloning = answers.shares(65536, "cloning", 128).mean()
+                ax.axhline(cloning, color=COLORS[1], ls="--", label="cloning, 128 labels")
+                ax.set_xscale("log", base=2)
+            if title == "play":
+                ax.axhline(1, color="#333333", ls=":", lw=1)
+                title = "return, as a share of the demonstrator's"
+            if measure == "labels":
+                ax.set_ylim(8, 4096)  # beyond: never, with these label counts
+                ax.set_yscale("log", base=2)
+            ax.set(title=f"{env_id}: {title}", xlabel=label)
+            if not numeric:
+                ax.set_xticks(x, [v.replace(", ", ",\n") for v in answers.variants], fontsize=8)
+            ax.legend(fontsize=7)
+    fig.savefig(path, dpi=90, bbox_inches="tight")
+    plt.close(fig)
+
+
+def slope(x, values):
+    """What doubling x adds, with its 95% interval, of values [(seeds,)] at x."""
+    points = [(np.log2(at), value) for at, of_seeds in zip(x, values) for value in of_seeds]
+    line = stats.linregress(*zip(*points))
+    half = stats.t.ppf(0.975, len(points) - 2) * line.stderr
+    return f" ({line.slope:+.3f} ± {half:.3f} a doubling)"
+
+
+def table(question, env_id, answers):
+    """Means with 95% intervals as Markdown: a row a measure, a column a variant."""
+    lines = [f"\n## {question}, {env_id}\n", "| | " + " | ".join(answers.variants) + " |"]
+    lines.append("|---" * (1 + len(answers.variants)) + "|")
+    measures = dict.fromkeys((measure, n) for _, measure, n in answers.found)
+    for measure, n in measures:
+        cells = [interval(answers.of(v, measure, n)) for v in answers.variants]
+        lines.append(f"| {measure}{f', {n} labels' if n else ''} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    args, path = tyro.cli(Args, description=__doc__), RESULTS / "questions.csv"
+    if args.question and args.question not in QUESTIONS:
+        sys.exit(f"error: {args.question} is none of {', '.join(QUESTIONS)}")
+    rows = {}
+    for row in csv.DictReader(path.open(newline="")) if path.exists() else ():
+        rows[tuple(row[key] for key in KEYS)] = row
+    for seed in args.seeds if args.question else ():
+        for row, value in ask(args.question, args.env_id, seed):
+            rows[tuple(row.values())] = row | {"value": f"{value:.4g}"}
+        with path.open("w", newline="") as f:
+            writer = csv.DictWriter(f, [*KEYS, "value"], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows.values())
+    tables = []
+    for question in QUESTIONS:
+        mine = [row for row in rows.values() if row["question"] == question]
+        games = {row["env_id"]: None for row in mine}
+        for env_id in games:
+            games[env_id] = Answers([row for row in mine if row["env_id"] == env_id])
+            tables.append(table(question, env_id, games[env_id]))
+        if games:
+            plot(question, games, RESULTS / f"questions-{question}.png")
+    (RESULTS / "questions.md").write_text("Means over seeds ± half of a 95% interval.\n" + "".join(tables))

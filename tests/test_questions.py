@@ -1,0 +1,97 @@
+"""benchmark/altered.py and benchmark/questions.py: which action is carried out, and their arithmetic."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import questions
+import torch
+from altered import STAY, Altered
+from conftest import ROOT, start
+
+E, T = 3, 400
+
+
+@pytest.fixture
+def played():
+    """(how, actions (T, E), when episodes begin (T, E)) -> what was carried out (T, E)."""
+
+    def play(actions, first, **how):
+        done, steps = [], iter(first)
+        env = SimpleNamespace(num=E, observe=lambda: (0, {}, next(steps)), act=done.append)
+        games = Altered(env, **how)
+        for now in actions:
+            games.observe()
+            games.act(now)
+        assert np.array_equal(np.stack(done), np.stack(games.happened))
+        return np.stack(done)
+
+    rng = np.random.default_rng(0)
+    actions, first = rng.integers(15, size=(T, E)), rng.random((T, E)) < 0.05
+    first[0] = True
+    return SimpleNamespace(play=play, actions=actions, first=first)
+
+
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_delay(played, k):
+    """An action is carried out k steps later in its episode; the first k are STAY. Against a slow version."""
+    done, since = played.play(played.actions, played.first, delay=k), np.zeros(E, dtype=int)
+    for t in range(T):
+        since = np.where(played.first[t], 0, since + 1)
+        for e in range(E):
+            assert done[t, e] == (played.actions[t - k, e] if since[e] >= k else STAY)
+
+
+def test_sticky_and_random(played):
+    """The rates are those asked for; an episode's first action is never another episode's."""
+    always = played.play(played.actions, played.first, sticky=1.0)
+    kept = np.where(played.first, played.actions, np.roll(always, 1, axis=0))
+    assert np.array_equal(always, kept)
+    sticky, random = (
+        played.play(played.actions, played.first, **{how: 0.25}) for how in ("sticky", "random")
+    )
+    for done in (sticky, random):  # 1,200 actions, and one in 15 is the same by luck
+        assert (done != played.actions).mean() == pytest.approx(0.25 * 14 / 15, abs=0.04)
+    inside = (sticky != played.actions) & ~played.first
+    assert np.array_equal(sticky[inside], np.roll(sticky, 1, axis=0)[inside])
+
+
+def test_collects_what_happened(tmp_path):
+    """Beside the actions that were meant lie those that were carried out, in the order of the frames."""
+    collect = "collect_expert_data.py --env-id FrozenLake-v1 --demonstrator value_iteration --num-envs 4"
+    flags = "--num-train-frames 256 --num-test-frames 64 --data-dir d --no-cuda".split()
+    done = start("benchmark/altered", "--random", "0.5", *collect.split(), *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for split, n in (("train", 256), ("test", 64)):
+        meant, happened = (
+            np.load(tmp_path / "d" / split / f"{name}.npy") for name in ("actions", "happened")
+        )
+        assert meant.shape == happened.shape == (n,) and happened.dtype == np.int8
+        assert (meant == happened).mean() == pytest.approx(0.5 + 0.5 / 4, abs=0.15)
+
+
+def test_arithmetic():
+    """Shares, labels for a share, the gain of a doubling and intervals, on numbers worked out by hand."""
+    lapo = "LAPO + decoder"
+    rows = [("random", "", 1), ("demonstrator", "", 11), (lapo, 16, 6), (lapo, 64, 10)]
+    rows = [{"variant": "a", "seed": "1", "measure": m, "n_labels": str(n), "value": v} for m, n, v in rows]
+    answers = questions.Answers(rows)
+    assert answers.shares("a", lapo, 16) == [0.5]
+    assert answers.labels_for("a", 0.7) == [32] and answers.labels_for("a", 0.95) == [np.inf]
+    doubled = questions.slope([2, 4, 8], [np.array([v]) for v in (0.1, 0.2, 0.3)])
+    assert doubled == " (+0.100 ± 0.000 a doubling)"
+    assert questions.interval(np.array([1.0, 2.0, 3.0])) == "2 ± 2.5"  # 4.30 x 1 / sqrt(3)
+
+
+def test_recall():
+    """A game's last k + 1 latents, the oldest first; a new episode begins with copies of its first."""
+    act = questions.recall(lambda obs: obs.float()[:, None], lambda x: x, 2)
+    seen = [act(torch.tensor([step, 10 + step]), np.array([7, 8 + (step == 3)])) for step in range(4)]
+    assert seen[2].tolist() == [[0, 1, 2], [10, 11, 12]]
+    assert seen[3].tolist() == [[1, 2, 3], [13, 13, 13]]
+
+
+def test_experiments_knows_the_questions():
+    """experiments.sh passes each question on."""
+    script = (ROOT / "benchmark" / "experiments.sh").read_text()
+    assert " | ".join(questions.QUESTIONS) + ")" in script
