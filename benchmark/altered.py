@@ -1,4 +1,4 @@
-"""Runs a stage in altered games, for docs/questions.md: flags that its experiments need, and no user.
+"""Runs a stage in altered games, for questions.py: flags that experiments need, and no user.
 
     python benchmark/altered.py --sticky 0.25 collect_expert_data.py --env-id coinrun ...
 
@@ -58,7 +58,8 @@ def alter(module, maker, changes, made, **how):
     make = getattr(module, maker)
 
     def make_altered(*which, **options):
-        made.append(Altered(make(*which, **options | changes), len(made), **how))
+        seed = options.get("seed", options.get("rand_seed"))
+        made.append(Altered(make(*which, **options | changes), seed, **how))
         return made[-1]
 
     setattr(module, maker, make_altered)

@@ -6,7 +6,7 @@
 A question compares variants of LAPO at the quickstart's size: other games (altered.py), flags of pretraining,
 or videos. Each has a folder in runs/questions; what is finished is skipped. Writes benchmark/results/
 questions.csv, a row a number; questions-QUESTION.png, a dot a seed, lines through their means; and
-questions.md, means with 95% intervals (Student's t over seeds: wide with three). See docs/questions.md.
+questions.md, means with 95% intervals (Student's t over seeds: wide with three).
 """
 
 import csv
@@ -70,12 +70,12 @@ LAKE = {  # what the small world has of its own, quickstart.sh's
     .replace("--scale 1", "--scale 0.5"),
 }
 RATES, DELAYS, FRAMES = (0, 0.1, 0.25, 0.5), (0, 1, 2, 4), (2048, 8192, 32768, 65536, 131072)
-SIZES = {
-    "1x1x8": 3,
-    "1x2x16": 8,
-    "2x4x64": 48,
-    "no VQ": 64,
-}  # codebooks x slots x codes: bits; 64 for plotting
+SIZES = {  # codebooks x slots x codes: flags of pretraining
+    "1x1x8, 3 bits": "--vq-num-codebooks 1 --vq-num-slots 1 --vq-num-codes 8",
+    "1x2x16, 8 bits": "--vq-num-codebooks 1 --vq-num-slots 2 --vq-num-codes 16",
+    "2x4x64, 48 bits": "",  # the paper's
+    "no VQ": "--no-vq",
+}
 WORLDS = {
     "its own": {},
     "other levels": {"start_level": 1000},
@@ -103,15 +103,18 @@ def folder(env_id, variant):
 def run(env_id, variant, stage, seed, *flags, altered=()):
     """results.json of a stage's run in the variant's folder, and where it lies; made if it is not there."""
     path = folder(env_id, variant) / f"{env_id}__{stage}__{seed}" / "results.json"
+    own = (LAKE if env_id == "FrozenLake-v1" else {}).get(stage, FLAGS[stage])
+    command = [f"{stage}.py", "--env-id", env_id, "--seed", seed, "--runs-dir", path.parent.parent]
+    command = [*map(str, command), *own.split(), *map(str, flags)]
     if not path.exists():
-        own = (LAKE if env_id == "FrozenLake-v1" else {}).get(stage, FLAGS[stage])
-        command = [f"{stage}.py", "--env-id", env_id, "--seed", str(seed), "--runs-dir", path.parent.parent]
-        command = [*map(str, command), *own.split(), *map(str, flags)]
-        command = ["benchmark/altered.py", *altered, *command] if altered else command
-        print("==", shlex.join(["python", *command]), flush=True)
-        if status := subprocess.run([sys.executable, *command]).returncode:
+        wrapped = ["benchmark/altered.py", *altered, *command] if altered else command
+        print("==", shlex.join(["python", *wrapped]), flush=True)
+        if status := subprocess.run([sys.executable, *wrapped]).returncode:
             sys.exit(status)
-    return json.loads(path.read_text()) | {"path": path.parent}
+    results = json.loads(path.read_text())
+    if results["command"] != shlex.join(["python", *command]):
+        sys.exit(f"error: {path} was made with other flags than today's: move its folder away")
+    return results | {"path": path.parent}
 
 
 def lapo(env_id, variant, seed, pretrain="", bc="", collect="", videos=None, altered=()):
@@ -120,7 +123,8 @@ def lapo(env_id, variant, seed, pretrain="", bc="", collect="", videos=None, alt
     data = "--data-dir", made["data_dir"]
     made["pretrain"] = run(env_id, variant, "lapo_pretrain", seed, *data, *pretrain.split())
     made["bc"] = run(env_id, variant, "lapo_bc", seed, *data, *bc.split())
-    return made | {"decode": run(env_id, variant, "lapo_decode", seed, *data, altered=altered)}
+    flags = *data, "--bc-checkpoint", made["bc"]["path"] / "checkpoint.pt"
+    return made | {"decode": run(env_id, variant, "lapo_decode", seed, *flags, altered=altered)}
 
 
 def collected(env_id, variant, flags="", altered=()):
@@ -167,7 +171,8 @@ def learned(made):
     """How well a variant predicts, and what its latents tell: k-means against actions, meant and happened."""
     frames, windows, idm = load(made)
     t = np.random.default_rng(0).permutation(windows["test"])[:2048]
-    z, moved = inspect.encode(idm, None, frames["test"], t, CPU)[0], moving(frames["test"], t)
+    z = inspect.encode(idm, None, frames["test"], t, CPU)[0]
+    moved = (frames["test"][t] != frames["test"][t + 1]).any((1, 2, 3))
     meant = frames["test"].labels("actions")[t]
     happened = frames["test"].folders[0] / "happened.npy"
     labels = {"meant": meant, "shuffled": np.random.default_rng(0).permutation(meant)}
@@ -178,12 +183,6 @@ def learned(made):
         _, _, purity, nmi = cluster(z, len(np.unique(meant)) + (not moved.all()), actions, moved)
         found |= {f"purity, {name}": float(purity), f"NMI, {name}": float(nmi)}
     return found
-
-
-def moving(frames, t):
-    """Whether o_t and o_{t+1} differ, t (n,): (n,)."""
-    pairs = frames[t[:, None] + [0, 1]]
-    return (pairs[:, 0] != pairs[:, 1]).any((1, 2, 3))
 
 
 def fit_decoder(x, actions):
@@ -209,10 +208,8 @@ def stochastic(env_id, seed):
 
 
 def bottleneck(env_id, seed):
-    for size in SIZES:
-        variant, flags = ("as it is", "") if size == "2x4x64" else (size, "--no-vq")
-        if "x" in size and flags:
-            flags = "--vq-num-codebooks {} --vq-num-slots {} --vq-num-codes {}".format(*size.split("x"))
+    for size, flags in SIZES.items():
+        variant = size if flags else "as it is"
         made = lapo(env_id, variant, seed, flags, videos="as it is")
         rl = online(env_id, variant, seed, made, stages=["lapo_finetune_ppo"])
         yield size, learned(made) | played(made) | rl
@@ -343,7 +340,7 @@ def video(env_id, seed):
         videos, part = "as it is" if frames == 65536 else f"{frames} frames", frames / 65536
         collect = f"--num-train-frames {frames}"
         found = played(lapo(env_id, videos, seed, collect=collect))
-        if part == 1:
+        if part == 1:  # the only one whose random play and demonstrator are taken
             yield frames, found
             continue
         warmups = [f"--warmup-updates {updates * min(1, part):.0f}" for updates in (500, 50)]
@@ -420,24 +417,33 @@ def draw(ax, x, values, color, label, marker="o"):
 
 PREDICTION = "prediction", [("loss / copying", "")]
 LATENTS = "latents against actions: NMI", [(f"NMI, {name}", "") for name in ("meant", "happened", "shuffled")]
-DECODED = [("LAPO + decoder", 128), ("cloning", 128)]
-RL = [("RL + SL", ""), ("PPO from scratch", "")]
-ACCURACIES = ["its own world's labels", "this world's labels", "commonest action"]
-SEEN = ["z_t", "z_t+k", "z_t to z_t+k", "pi(o_t)", "pi(o_t-k) to pi(o_t)"]
+RL, PPO = ("RL + SL", ""), ("PPO from scratch", "")
+FEW, MANY = ("LAPO + decoder", 128), ("LAPO + decoder", 512)
 MENDED = [("pi at several steps", 512), ("pi of later latents", 512)]
+LABELS = ("its own world's labels", "this world's labels", "commonest action")
+SEEN = ("z_t", "z_t+k", "z_t to z_t+k", "pi(o_t)", "pi(o_t-k) to pi(o_t)")
 PANELS = {  # question: what x is, panels [(title, [(measure, n_labels)])]
-    "stochastic": ("how often another action is carried out", [PREDICTION, LATENTS, ("play", DECODED + RL)]),
-    "bottleneck": ("codebooks x slots x codes", [PREDICTION, LATENTS, ("play", DECODED[:1] + RL[:1])]),
-    "transfer": ("", [("play", [("LAPO + decoder", 512), *RL])]),
+    "stochastic": (
+        "how often another action is carried out",
+        [PREDICTION, LATENTS, ("play", [FEW, ("cloning", 128), RL, PPO])],
+    ),
+    "bottleneck": (
+        "codebooks x slots x codes",
+        [PREDICTION, LATENTS, ("play", [FEW, RL]), ("labels for 0.8 of the demonstrator", [("labels", "")])],
+    ),
+    "transfer": (
+        "",
+        [("play", [MANY, RL, PPO]), ("the IDM as a labeller", [(f"accuracy, {x}", "") for x in LABELS])],
+    ),
     "delay": (
         "steps until an action shows",
-        [("play", [("LAPO + decoder", 512), ("cloning", 512), *MENDED])],
+        [
+            ("what tells a_t, 512 labels", [(f"accuracy from {x}", "") for x in SEEN]),
+            ("play", [MANY, ("cloning", 512), *MENDED]),
+        ],
     ),
-    "video": ("frames of video", [("play", [DECODED[0], ("in proportion", 128)])]),
+    "video": ("frames of video", [("play", [FEW, ("in proportion", 128)])]),
 }
-PANELS["bottleneck"][1].append(("labels for 0.8 of the demonstrator", [("labels", "")]))
-PANELS["transfer"][1].append(("the IDM as a labeller", [(f"accuracy, {name}", "") for name in ACCURACIES]))
-PANELS["delay"][1].insert(0, ("what tells a_t, 512 labels", [(f"accuracy from {name}", "") for name in SEEN]))
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]  # Okabe and Ito
 
 
@@ -493,8 +499,7 @@ def table(question, env_id, answers):
     """Means with 95% intervals as Markdown: a row a measure, a column a variant."""
     lines = [f"\n## {question}, {env_id}\n", "| | " + " | ".join(answers.variants) + " |"]
     lines.append("|---" * (1 + len(answers.variants)) + "|")
-    measures = dict.fromkeys((measure, n) for _, measure, n in answers.found)
-    for measure, n in measures:
+    for measure, n in dict.fromkeys((measure, n) for _, measure, n in answers.found):
         cells = [interval(answers.of(v, measure, n)) for v in answers.variants]
         lines.append(f"| {measure}{f', {n} labels' if n else ''} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
