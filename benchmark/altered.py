@@ -80,7 +80,7 @@ if __name__ == "__main__":
 
         alter(procgen.env, "ProcgenGym3Env", args.options, made, **how)
     sys.argv = args.stage
-    stage = runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+    stage = runpy.run_path(sys.argv[0], run_name="__main__")
     if sys.argv[0] == "collect_expert_data.py":
         for split, env in zip(("train", "test"), made):
             np.save(

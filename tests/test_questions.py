@@ -1,5 +1,7 @@
 """benchmark/altered.py and benchmark/questions.py: which action is carried out, and their arithmetic."""
 
+import json
+import shlex
 from types import SimpleNamespace
 
 import numpy as np
@@ -57,11 +59,19 @@ def test_sticky_and_random(played):
 
 
 def test_collects_what_happened(tmp_path):
-    """Beside the actions that were meant lie those that were carried out, in the order of the frames."""
+    """Beside the actions that were meant lie those that were carried out, in the order of the frames.
+
+    Nothing else differs from an unaltered run, its command in results.json neither: questions.py compares it.
+    """
     collect = "collect_expert_data.py --env-id FrozenLake-v1 --demonstrator value_iteration --num-envs 4"
-    flags = "--num-train-frames 256 --num-test-frames 64 --data-dir d --no-cuda".split()
-    done = start("benchmark/altered", "--random", "0.5", *collect.split(), *flags, cwd=tmp_path)
+    flags = (
+        f"--num-train-frames 256 --num-test-frames 64 --data-dir {tmp_path}/d --runs-dir {tmp_path} --no-cuda"
+    )
+    command = [*collect.split(), *flags.split()]
+    done = start("benchmark/altered", "--random", "0.5", *command, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+    results = tmp_path / "FrozenLake-v1__collect_expert_data__1" / "results.json"
+    assert json.loads(results.read_text())["command"] == shlex.join(["python", *command])
     for split, n in (("train", 256), ("test", 64)):
         meant, happened = (
             np.load(tmp_path / "d" / split / f"{name}.npy") for name in ("actions", "happened")
