@@ -33,7 +33,11 @@ case $SCALE in
 small) # the quickstart's data and shapes, a twenty-fifth of the paper's frames online
     UPDATES=8000 # docs/results.md says why
     if [ "$ENV_ID" = coinrun ]; then UPDATES=2000; fi
-    COLLECT=(--expert-checkpoint "experts/$ENV_ID.pt" --num-train-frames 65536 --num-test-frames 8192)
+    case $ENV_ID in
+    coinrun | fruitbot) CURATE=0 FRAMES=(65536 8192) ;;
+    *) CURATE=1 FRAMES=(262144 32768) ;; # their demonstrators know only some levels: see benchmark/curate.py
+    esac
+    COLLECT=(--expert-checkpoint "experts/$ENV_ID.pt" --num-train-frames "${FRAMES[0]}" --num-test-frames "${FRAMES[1]}")
     PRETRAIN=(--num-updates "$UPDATES" --batch-size 32 --learning-rate 5e-4 --warmup-updates 500
         --patch-size 2 --idm-scale 1 --fdm-width 16 --vq-dim 4 --predict-change --eval-every 500)
     BC=(--num-updates 5000 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 --policy-scale 1)
@@ -47,7 +51,7 @@ small) # the quickstart's data and shapes, a twenty-fifth of the paper's frames 
         --idm-scale 1 --policy-scale 1 --patch-size 2)
     ;;
 paper)
-    COLLECT=() PRETRAIN=() BC=() FINETUNE=() DECODE=() VPT=()
+    CURATE=0 COLLECT=() PRETRAIN=() BC=() FINETUNE=() DECODE=() VPT=()
     PPO+=(--total-timesteps 4000000 --scale 4)
     ;;
 *)
@@ -87,7 +91,10 @@ run() { # SCRIPT RUN_NAME SEED flags...: skips a finished run; AFTER names the r
 }
 
 if [ "$SCALE" = paper ]; then run ppo_procgen.py ppo_procgen 1; fi # the demonstrator
-AFTER=ppo_procgen__1 run collect_expert_data.py collect_expert_data 1 --data-dir "$DATA" "${COLLECT[@]}" # one dataset for all seeds
+RAW=$DATA
+if [ "$CURATE" = 1 ]; then RAW=$DATA-all; fi
+AFTER=ppo_procgen__1 run collect_expert_data.py collect_expert_data 1 --data-dir "$RAW" "${COLLECT[@]}" # one dataset for all seeds
+if [ ! -f "$DATA/meta.json" ]; then "$PYTHON" benchmark/curate.py "$RAW" "$DATA"; fi
 of() { echo "$OUT/${ENV_ID}__${1}__$seed/checkpoint.pt"; } # the checkpoint of a run, of this seed
 for seed in "$@"; do
     AFTER=collect_expert_data__1 run lapo_pretrain.py lapo_pretrain "$seed" --data-dir "$DATA" "${PRETRAIN[@]}"

@@ -1,9 +1,10 @@
-"""benchmark/altered.py and benchmark/questions.py: which action is carried out, and their arithmetic."""
+"""benchmark/{altered,questions,curate}.py: which action is carried out, which frames are kept, arithmetic."""
 
 import json
 import shlex
 from types import SimpleNamespace
 
+import curate
 import numpy as np
 import pytest
 import questions
@@ -105,3 +106,23 @@ def test_experiments_knows_the_questions():
     """experiments.sh passes each question on."""
     script = (ROOT / "benchmark" / "experiments.sh").read_text()
     assert " | ".join(questions.QUESTIONS) + ")" in script
+
+
+def test_curate():
+    """Which rows are kept, and their episodes' rewards, against a slow version."""
+    rng, n = np.random.default_rng(0), 3000
+    first, rewards = rng.random(n) < 0.05, rng.integers(3, size=n)
+    first[0] = True
+    starts = np.flatnonzero(first)
+    returns = np.repeat(np.add.reduceat(rewards, starts).astype(float), np.diff([*starts, n]))
+    returns[starts[-1] :] = np.nan  # cut off
+    frames = np.cumsum(rng.random(n) < 0.5).astype(np.uint8)[:, None, None, None]  # half of them stand still
+    rows = curate.keep(frames, first, returns, 20)
+    begins, kept = curate.labels(rows, first, rewards)
+    slow, since = [], 0
+    for t in range(starts[-1]):
+        since = rewards[t] + (0 if first[t] else since)
+        if returns[t] >= 20 and (first[t + 1] or frames[t] != frames[t + 1]):
+            slow.append((t, not slow or first[slow[-1][0] + 1 : t + 1].any(), since))
+            since = 0
+    assert 200 < len(slow) < n / 2 and list(zip(rows, begins, kept)) == slow

@@ -1,0 +1,68 @@
+"""The better half of a dataset's episodes, without frames that nothing follows: videos of success.
+
+    python benchmark/curate.py runs/small/data/maze-all runs/small/data/maze
+
+A demonstrator that knows only some of its levels stands before a wall in the others, up to the time limit, and
+most frames show that. Keeps the episodes whose return is at least the median of the training split, of these
+the frames whose next one differs, at most 65,536 and 8,192. Rewards of dropped frames go to the next one kept.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+LIMITS = {"train": 65536, "test": 8192}  # frames of the small scale
+
+
+@dataclass
+class Args:
+    source: tyro.conf.Positional[Path]  # a dataset of collect_expert_data.py
+    target: tyro.conf.Positional[Path]  # where the new one goes
+
+
+def keep(frames, first, returns, least):
+    """Rows (K,) to keep of frames (N, 64, 64, 3), first and returns (N,): see above."""
+    kept = []
+    for part in np.array_split(np.flatnonzero(returns >= least), 1 + len(first) // 4096):  # 50 MB at a time
+        after = np.minimum(part + 1, len(first) - 1)
+        moves = (frames[part] != frames[after]).any((1, 2, 3))
+        kept.append(part[moves | first[after] | (part == after)])
+    return np.concatenate(kept)
+
+
+def labels(rows, first, rewards):
+    """first and rewards (K,) of the rows that are kept."""
+    episode, total = np.cumsum(first), np.cumsum(rewards, dtype=float)
+    before = np.append(-1, rows[:-1])  # the kept row before, or the one before the episode
+    begins = np.append(True, episode[rows[1:]] != episode[rows[:-1]])
+    before = np.where(begins, np.flatnonzero(first)[episode[rows] - 1] - 1, before)
+    return begins, (total[rows] - np.where(before < 0, 0, total[before])).astype(np.float32)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    if (args.target / "meta.json").exists():
+        sys.exit(f"error: {args.target} holds a dataset: remove it, or name another folder")
+    meta = json.loads((args.source / "meta.json").read_text())
+    least = np.load(args.source / "train" / "returns.npy")[np.load(args.source / "train" / "first.npy")]
+    least = float(np.nanmedian(least))
+    for split, limit in LIMITS.items():
+        names = "frames", "first", "actions", "rewards", "returns"
+        old = {name: np.load(args.source / split / f"{name}.npy", mmap_mode="r") for name in names}
+        rows = keep(old["frames"], old["first"], old["returns"], least)[:limit]
+        new = {name: old[name][rows] for name in names}
+        new["first"], new["rewards"] = labels(rows, old["first"], old["rewards"])
+        (args.target / split).mkdir(parents=True, exist_ok=True)
+        for name, array in new.items():
+            np.save(args.target / split / f"{name}.npy", array)
+        meta["splits"][split]["num_frames"] = len(rows)
+        print(
+            f"{split}: {len(rows)} of {len(old['first'])} frames, episodes with a return of {least:g} or more"
+        )
+    meta |= {"identity": os.urandom(16).hex(), "curated": {"source": meta["identity"], "least_return": least}}
+    (args.target / "meta.json").write_text(json.dumps(meta, indent=2))  # last: it makes a dataset
