@@ -2,9 +2,9 @@
 
     python benchmark/curate.py runs/small/data/maze-all runs/small/data/maze
 
-A demonstrator that knows only some of its levels stands before a wall in the others, up to the time limit, and
+A demonstrator that knows only some of its levels stands before walls in the others, up to the time limit, and
 most frames show that. Keeps the episodes whose return is at least the median of the training split, of these
-the frames whose next one differs, at most 65,536 and 8,192. Rewards of dropped frames go to the next one kept.
+the frames whose next one differs, 65,536 and 8,192 at most. A dropped frame's reward goes to the next kept.
 """
 
 import json

@@ -46,12 +46,13 @@ small) # the quickstart's data and shapes, a twenty-fifth of the paper's frames 
         --linear-warmup 10000 40000)
     PPO+=(--total-timesteps 163840 --scale 1 --patch-size 2 --num-levels 16) # the policy's shape, experts' levels
     LABELS=(--num-labels 16 64 256 1024 4096 --num-draws 2 --eval-episodes 60 --temperature 0.5)
-    DECODE=("${LABELS[@]}" --decoder-updates 200 --cloning-updates 200 --cloning-epochs 10 --policy-batch-size 64)
+    DECODE=("${LABELS[@]}" --decoder-updates 200 --cloning-updates 500 --cloning-epochs 20 --policy-batch-size 64)
     VPT=("${LABELS[@]}" --idm-epochs 30 --policy-updates 1000 --batch-size 64
         --idm-scale 1 --policy-scale 1 --patch-size 2)
+    FRESH=3e-3 # the learning rate of networks that begin untrained: cloning's, and VPT's
     ;;
 paper)
-    CURATE=0 COLLECT=() PRETRAIN=() BC=() FINETUNE=() DECODE=() VPT=()
+    CURATE=0 COLLECT=() PRETRAIN=() BC=() FINETUNE=() DECODE=() VPT=() FRESH=5e-4
     PPO+=(--total-timesteps 4000000 --scale 4)
     ;;
 *)
@@ -105,9 +106,9 @@ for seed in "$@"; do
     if [ "$EXPERIMENT" != online ]; then
         run vpt.py vpt_lapo "$seed" --data-dir "$DATA" --pretrain-checkpoint "$(of lapo_pretrain)" \
             --bc-checkpoint "$(of lapo_bc)" "${VPT[@]}"
-        run lapo_decode.py lapo_decode "$seed" --data-dir "$DATA" "${DECODE[@]}"
+        run lapo_decode.py lapo_decode "$seed" --data-dir "$DATA" --cloning-learning-rate "$FRESH" "${DECODE[@]}"
         run lapo_decode.py lapo_decode_finetuned "$seed" --finetune --no-cloning --data-dir "$DATA" "${DECODE[@]}"
-        AFTER=collect_expert_data__1 run vpt.py vpt "$seed" --data-dir "$DATA" "${VPT[@]}"
+        AFTER=collect_expert_data__1 run vpt.py vpt "$seed" --data-dir "$DATA" --learning-rate "$FRESH" "${VPT[@]}"
     fi
     if [ "$EXPERIMENT" != offline ]; then
         run lapo_finetune_ppo.py rl_sl "$seed" "${FINETUNE[@]}"
