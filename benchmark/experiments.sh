@@ -104,10 +104,10 @@ for seed in "$@"; do
     AFTER=lapo_pretrain__$seed run lapo_bc.py lapo_bc "$seed" --data-dir "$DATA" "${BC[@]}"
     AFTER=lapo_bc__$seed
     if [ "$EXPERIMENT" != online ]; then
-        run vpt.py vpt_lapo "$seed" --data-dir "$DATA" --pretrain-checkpoint "$(of lapo_pretrain)" \
-            --bc-checkpoint "$(of lapo_bc)" "${VPT[@]}"
         run lapo_decode.py lapo_decode "$seed" --data-dir "$DATA" --cloning-learning-rate "$FRESH" "${DECODE[@]}"
         run lapo_decode.py lapo_decode_finetuned "$seed" --finetune --no-cloning --data-dir "$DATA" "${DECODE[@]}"
+        run vpt.py vpt_lapo "$seed" --data-dir "$DATA" --pretrain-checkpoint "$(of lapo_pretrain)" \
+            --bc-checkpoint "$(of lapo_bc)" "${VPT[@]}"
         AFTER=collect_expert_data__1 run vpt.py vpt "$seed" --data-dir "$DATA" --learning-rate "$FRESH" "${VPT[@]}"
     fi
     if [ "$EXPERIMENT" != offline ]; then
