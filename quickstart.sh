@@ -66,5 +66,5 @@ stage lapo_bc.py "${COMMON[@]}" \
     --num-updates 5000 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 --policy-scale 1
 stage lapo_decode.py "${COMMON[@]}" \
     --num-labels 32 128 512 2048 --num-draws 5 --eval-episodes 200 --temperature 0.5 \
-    --decoder-updates 200 --cloning-updates 200 --policy-batch-size 64
+    --decoder-updates 200 --cloning-updates 500 --cloning-learning-rate 3e-3 --policy-batch-size 64
 stage report.py "${COMMON[@]}"

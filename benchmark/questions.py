@@ -48,7 +48,7 @@ FLAGS = {  # of the stages: experiments.sh's, half as much cloning and online pl
     "--patch-size 2 --idm-scale 1 --fdm-width 16 --vq-dim 4 --predict-change",
     "lapo_bc": "--num-updates 2500 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 --policy-scale 1",
     "lapo_decode": "--num-labels 16 64 128 512 2048 --num-draws 4 --eval-episodes 120 --temperature 0.5 "
-    "--decoder-updates 200 --cloning-updates 200 --policy-batch-size 64",
+    "--decoder-updates 200 --cloning-updates 500 --cloning-learning-rate 3e-3 --policy-batch-size 64",
     "lapo_finetune_ppo": "--total-timesteps 81920 --action-head-warmup 7000 10000 "
     "--value-head-warmup 5000 10000 --linear-warmup 10000 40000",
     "ppo_procgen": "--total-timesteps 81920 --num-steps 64 --ent-coef 0.0025 --learning-rate 5e-4 "
