@@ -1,10 +1,10 @@
-"""The better half of a dataset's episodes, without frames that nothing follows: videos of success.
+"""The better half of a dataset's episodes, without the frames on which nothing moves: videos of success.
 
     python benchmark/curate.py runs/small/data/maze-all runs/small/data/maze
 
 A demonstrator that knows only some of its levels stands before walls in the others, up to the time limit, and
 most frames show that. Keeps the episodes whose return is at least the median of the training split, of these
-the frames whose next one differs, 65,536 and 8,192 at most. A dropped frame's reward goes to the next kept.
+the frames whose next one differs, 65,536 and 8,192 at most. returns.npy stays what the episodes got in whole.
 """
 
 import json
@@ -35,13 +35,10 @@ def keep(frames, first, returns, least):
     return np.concatenate(kept)
 
 
-def labels(rows, first, rewards):
-    """first and rewards (K,) of the rows that are kept."""
-    episode, total = np.cumsum(first), np.cumsum(rewards, dtype=float)
-    before = np.append(-1, rows[:-1])  # the kept row before, or the one before the episode
-    begins = np.append(True, episode[rows[1:]] != episode[rows[:-1]])
-    before = np.where(begins, np.flatnonzero(first)[episode[rows] - 1] - 1, before)
-    return begins, (total[rows] - np.where(before < 0, 0, total[before])).astype(np.float32)
+def begins(rows, first):
+    """`first` (K,) of the rows that are kept."""
+    episode = np.cumsum(first)[rows]
+    return np.append(True, episode[1:] != episode[:-1])
 
 
 if __name__ == "__main__":
@@ -56,7 +53,7 @@ if __name__ == "__main__":
         old = {name: np.load(args.source / split / f"{name}.npy", mmap_mode="r") for name in names}
         rows = keep(old["frames"], old["first"], old["returns"], least)[:limit]
         new = {name: old[name][rows] for name in names}
-        new["first"], new["rewards"] = labels(rows, old["first"], old["rewards"])
+        new["first"] = begins(rows, old["first"])
         (args.target / split).mkdir(parents=True, exist_ok=True)
         for name, array in new.items():
             np.save(args.target / split / f"{name}.npy", array)

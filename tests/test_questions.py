@@ -109,7 +109,7 @@ def test_experiments_knows_the_questions():
 
 
 def test_curate():
-    """Which rows are kept, and their episodes' rewards, against a slow version."""
+    """Which rows are kept, and where episodes begin among them, against a slow version."""
     rng, n = np.random.default_rng(0), 3000
     first, rewards = rng.random(n) < 0.05, rng.integers(3, size=n)
     first[0] = True
@@ -117,12 +117,8 @@ def test_curate():
     returns = np.repeat(np.add.reduceat(rewards, starts).astype(float), np.diff([*starts, n]))
     returns[starts[-1] :] = np.nan  # cut off
     frames = np.cumsum(rng.random(n) < 0.5).astype(np.uint8)[:, None, None, None]  # half of them stand still
-    rows = curate.keep(frames, first, returns, 20)
-    begins, kept = curate.labels(rows, first, rewards)
-    slow, since = [], 0
+    rows, slow = curate.keep(frames, first, returns, 20), []
     for t in range(starts[-1]):
-        since = rewards[t] + (0 if first[t] else since)
         if returns[t] >= 20 and (first[t + 1] or frames[t] != frames[t + 1]):
-            slow.append((t, not slow or first[slow[-1][0] + 1 : t + 1].any(), since))
-            since = 0
-    assert 200 < len(slow) < n / 2 and list(zip(rows, begins, kept)) == slow
+            slow.append((t, not slow or first[slow[-1][0] + 1 : t + 1].any()))
+    assert 200 < len(slow) < n / 2 and list(zip(rows, curate.begins(rows, first))) == slow
