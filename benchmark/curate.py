@@ -45,6 +45,8 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if (args.target / "meta.json").exists():
         sys.exit(f"error: {args.target} holds a dataset: remove it, or name another folder")
+    if not (args.source / "meta.json").exists():
+        sys.exit(f"error: {args.source} holds no dataset: collect_expert_data.py makes one")
     meta = json.loads((args.source / "meta.json").read_text())
     least = np.load(args.source / "train" / "returns.npy")[np.load(args.source / "train" / "first.npy")]
     least = float(np.nanmedian(least))
@@ -58,8 +60,6 @@ if __name__ == "__main__":
         for name, array in new.items():
             np.save(args.target / split / f"{name}.npy", array)
         meta["splits"][split]["num_frames"] = len(rows)
-        print(
-            f"{split}: {len(rows)} of {len(old['first'])} frames, episodes with a return of {least:g} or more"
-        )
+        print(f"{split}: {len(rows)} of {len(old['first'])} frames, of episodes with {least:g} or more")
     meta |= {"identity": os.urandom(16).hex(), "curated": {"source": meta["identity"], "least_return": least}}
     (args.target / "meta.json").write_text(json.dumps(meta, indent=2))  # last: it makes a dataset

@@ -92,10 +92,9 @@ run() { # SCRIPT RUN_NAME SEED flags...: skips a finished run; AFTER names the r
 }
 
 if [ "$SCALE" = paper ]; then run ppo_procgen.py ppo_procgen 1; fi # the demonstrator
-RAW=$DATA
-if [ "$CURATE" = 1 ]; then RAW=$DATA-all; fi
+if [ "$CURATE" = 1 ]; then RAW=$DATA-all; else RAW=$DATA; fi
 AFTER=ppo_procgen__1 run collect_expert_data.py collect_expert_data 1 --data-dir "$RAW" "${COLLECT[@]}" # one dataset for all seeds
-if [ ! -f "$DATA/meta.json" ]; then "$PYTHON" benchmark/curate.py "$RAW" "$DATA"; fi
+if [ "$CURATE" = 1 ] && [ ! -f "$DATA/meta.json" ]; then "$PYTHON" benchmark/curate.py "$RAW" "$DATA"; fi
 of() { echo "$OUT/${ENV_ID}__${1}__$seed/checkpoint.pt"; } # the checkpoint of a run, of this seed
 for seed in "$@"; do
     AFTER=collect_expert_data__1 run lapo_pretrain.py lapo_pretrain "$seed" --data-dir "$DATA" "${PRETRAIN[@]}"
