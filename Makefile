@@ -13,7 +13,7 @@ STAMP := $(if $(BIN),.venv/.installed,.installed)
 first: $(STAMP)  ## clean latents of a small world, in two minutes
 	PYTHON=$(BIN)python SEED=$(SEED) ./quickstart.sh FrozenLake-v1
 
-quickstart: $(STAMP)  ## the whole of LAPO, small, on two CPU cores (about 12 minutes)
+quickstart: $(STAMP)  ## the whole of LAPO, small, on two CPU cores (12 to 20 minutes)
 	PYTHON=$(BIN)python SEED=$(SEED) ./quickstart.sh $(ENV_ID)
 
 pictures: $(STAMP)  ## the README's pictures, from a finished quickstart

@@ -3,7 +3,7 @@
     python benchmark/curate.py runs/small/data/maze-all runs/small/data/maze
 
 A demonstrator that knows only some of its levels stands before walls in the others, up to the time limit, and
-most frames show that. Keeps the episodes whose return is at least the median of the training split, of these
+many frames show that. Keeps the episodes whose return is at least the median of the training split, of these
 the frames whose next one differs, 65,536 and 8,192 at most. returns.npy stays what the episodes got in whole.
 """
 
@@ -48,8 +48,8 @@ if __name__ == "__main__":
     if not (args.source / "meta.json").exists():
         sys.exit(f"error: {args.source} holds no dataset: collect_expert_data.py makes one")
     meta = json.loads((args.source / "meta.json").read_text())
-    least = np.load(args.source / "train" / "returns.npy")[np.load(args.source / "train" / "first.npy")]
-    least = float(np.nanmedian(least))
+    first, returns = (np.load(args.source / "train" / f"{name}.npy") for name in ("first", "returns"))
+    least = float(np.nanmedian(returns[first]))
     for split, limit in LIMITS.items():
         names = "frames", "first", "actions", "rewards", "returns"
         old = {name: np.load(args.source / split / f"{name}.npy", mmap_mode="r") for name in names}
