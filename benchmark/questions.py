@@ -117,13 +117,13 @@ def run(env_id, variant, stage, seed, *flags, altered=()):
     return results | {"path": path.parent}
 
 
-def lapo(env_id, variant, seed, pretrain="", bc="", collect="", videos=None, altered=()):
+def lapo(env_id, variant, seed, pretrain="", bc="", collect="", decode="", videos=None, altered=()):
     """A variant's first four stages: {stage: results}. It has videos of its own, or another variant's."""
     made = {"data_dir": collected(env_id, videos or variant, collect, altered)}
     data = "--data-dir", made["data_dir"]
     made["pretrain"] = run(env_id, variant, "lapo_pretrain", seed, *data, *pretrain.split())
     made["bc"] = run(env_id, variant, "lapo_bc", seed, *data, *bc.split())
-    flags = *data, "--bc-checkpoint", made["bc"]["path"] / "checkpoint.pt"
+    flags = *data, "--bc-checkpoint", made["bc"]["path"] / "checkpoint.pt", *decode.split()
     return made | {"decode": run(env_id, variant, "lapo_decode", seed, *flags, altered=altered)}
 
 
@@ -210,7 +210,8 @@ def stochastic(env_id, seed):
 def bottleneck(env_id, seed):
     for size, flags in SIZES.items():
         variant = size if flags else "as it is"
-        made = lapo(env_id, variant, seed, flags, videos="as it is")
+        again = "" if variant == "as it is" else "--no-cloning"  # it would be the same
+        made = lapo(env_id, variant, seed, flags, decode=again, videos="as it is")
         rl = online(env_id, variant, seed, made, stages=["lapo_finetune_ppo"])
         yield size, learned(made) | played(made) | rl
 
@@ -336,18 +337,19 @@ def play(made, k, seed, policy):
 
 def video(env_id, seed):
     """More frames, with the same updates, and with updates in proportion."""
+    ours = "LAPO + decoder", 128
     for frames in FRAMES:
-        videos, part = "as it is" if frames == 65536 else f"{frames} frames", frames / 65536
-        collect = f"--num-train-frames {frames}"
-        found = played(lapo(env_id, videos, seed, collect=collect))
-        if part == 1:  # the only one whose random play and demonstrator are taken
-            yield frames, found
+        videos, part = f"{frames} frames", frames / 65536
+        if part == 1:  # the only one whose cloning, random play and demonstrator are taken
+            found = played(lapo(env_id, "as it is", seed))
+            yield frames, found | {("in proportion", 128): found[ours]}
             continue
+        how = {"collect": f"--num-train-frames {frames}", "decode": "--no-cloning --num-labels 128"}
+        found = played(lapo(env_id, videos, seed, **how))
         warmups = [f"--warmup-updates {updates * min(1, part):.0f}" for updates in (500, 50)]
         longer = [f"--num-updates {updates * part:.0f} {w}" for updates, w in zip((2000, 2500), warmups)]
-        also = played(lapo(env_id, f"{videos}, in proportion", seed, *longer, collect, videos))
-        ours = [(key, value) for key, value in found.items() if key[0] == "LAPO + decoder"]
-        yield frames, dict(ours) | {("in proportion", n): also[key, n] for (key, n), _ in ours}
+        also = played(lapo(env_id, f"{videos}, in proportion", seed, *longer, **how, videos=videos))
+        yield frames, {ours: found[ours], ("in proportion", 128): also[ours]}
 
 
 QUESTIONS = {f.__name__: f for f in (stochastic, bottleneck, transfer, delay, video)}
@@ -359,6 +361,12 @@ def ask(question, env_id, seed):
         for key, value in found.items():
             measure, n_labels = key if isinstance(key, tuple) else (key, "")
             yield dict(zip(KEYS, map(str, (question, env_id, variant, seed, measure, n_labels)))), value
+
+
+def read(path):
+    """Rows of questions.csv by their KEYS; {} where there is none yet."""
+    rows = csv.DictReader(path.open(newline="")) if path.exists() else ()
+    return {tuple(row[key] for key in KEYS): row for row in rows}
 
 
 # Pictures
@@ -509,17 +517,15 @@ if __name__ == "__main__":
     args, path = tyro.cli(Args, description=__doc__), RESULTS / "questions.csv"
     if args.question and args.question not in QUESTIONS:
         sys.exit(f"error: {args.question} is none of {', '.join(QUESTIONS)}")
-    rows = {}
-    for row in csv.DictReader(path.open(newline="")) if path.exists() else ():
-        rows[tuple(row[key] for key in KEYS)] = row
     for seed in args.seeds if args.question else ():
         for row, value in ask(args.question, args.env_id, seed):
-            rows[tuple(row.values())] = row | {"value": f"{value:.4g}"}
-        with path.open("w", newline="") as f:
-            writer = csv.DictWriter(f, [*KEYS, "value"], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows.values())
-    tables = []
+            row, key = row | {"value": f"{value:.4g}"}, tuple(row.values())
+            rows = read(path) | {key: row}  # another question may have written meanwhile
+            with path.open("w", newline="") as f:
+                writer = csv.DictWriter(f, [*KEYS, "value"], lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows.values())
+    rows, tables = read(path), []
     for question in QUESTIONS:
         mine = [row for row in rows.values() if row["question"] == question]
         games = {row["env_id"]: None for row in mine}
