@@ -14,7 +14,6 @@ writes RUNS_DIR/ENV_ID__lapo_decode__SEED/results.json and checkpoint.pt: policy
 """
 
 import atexit
-import copy
 import json
 import math
 import os
@@ -61,17 +60,16 @@ class Args:
     num_envs: int = 64  # the most games played in parallel
     temperature: float = 1.0  # actions are drawn from softmax(logits / temperature), LAPO's and cloning's
     decoder_hidden: tuple[int, ...] = (192, 128, 64)  # hidden widths of the decoder
-    finetune: bool = False  # ours, for many labels: the decoder sees pi's features, then both learn as one
     cloning: bool = True  # play cloning from scratch, too
     # optimisation
     decoder_updates: int = 200  # gradient steps of a decoder; for thousands of labels 800 do better
     decoder_learning_rate: float = 1e-3  # AdamW's learning rate for a decoder, linearly to 0
-    cloning_updates: int = 1000  # gradient steps of cloning, and of --finetune
+    cloning_updates: int = 1000  # gradient steps of cloning
     cloning_epochs: int = 0  # at least so many passes over the labels, if that is more steps
-    cloning_learning_rate: float = 5e-4  # AdamW's learning rate for both, linearly to 0
-    policy_batch_size: int = 128  # the largest batch of both; the decoder's is 512
-    label_smoothing: float = 0.05  # label smoothing of all
-    weight_decay: float = 1e-2  # decoupled weight decay (AdamW) of all
+    cloning_learning_rate: float = 5e-4  # AdamW's learning rate for cloning, linearly to 0
+    policy_batch_size: int = 128  # the largest batch of cloning; the decoder's is 512
+    label_smoothing: float = 0.05  # label smoothing of both
+    weight_decay: float = 1e-2  # decoupled weight decay (AdamW) of both
     # run
     runs_dir: str = "runs"  # where run folders are made
     overwrite: bool = False  # replace the run in the run folder; else a finished one is kept, another goes on
@@ -169,20 +167,6 @@ class Decoder(nn.Module):
         return self.mlp((z - self.mean) / self.std)
 
 
-class DecodedPolicy(nn.Module):
-    """d(pi(o_t)): observations (B, 64, 64, 3) uint8 -> logits (B, A); features: d sees those of pi, too."""
-
-    def __init__(self, policy, decoder, features):
-        super().__init__()
-        self.policy, self.decoder, self.features = policy, decoder, features
-
-    def forward(self, obs):
-        x = self.policy.network(obs.permute(0, 3, 1, 2).float() / 255 - 0.5)  # (B, 256)
-        z = self.policy.head(x).float()
-        with torch.autocast(obs.device.type, enabled=False):
-            return self.decoder(torch.cat([z, x.float()], dim=1) if self.features else z)
-
-
 def fit(model, inputs, actions, updates, learning_rate, batch_size, args, autocast):
     """Minimises the cross-entropy of model(inputs(i)) on n labels: indices i (B,), actions (n,) or (n, A).
 
@@ -214,22 +198,18 @@ def fit_policy(policy, obs, actions, args, autocast):
     return fit(policy, obs.__getitem__, actions, *how, args, autocast)
 
 
-def fit_lapo(policy, x, mean, std, obs, actions, num_actions, args, autocast):
+def fit_lapo(policy, z, actions, num_actions, args):
     """LAPO with n labels: fits a decoder d and returns the policy d(pi(o_t)) (section 6.4).
 
-    d learns a_t from x (n, ...), the IDM's continuous latents: the IDM saw o_{t+1}, and so what was done. It
-    plays on pi(o_t), which was cloned on such latents. Their mean and std are given: n labels are too few.
-    Ours: with --finetune x is what pi made of o_t, its latent and features; then d and pi are cloned as one.
+    d learns a_t from z (n, latent_dim), the IDM's continuous latents: the IDM saw o_{t+1}, and so what was
+    done. It plays on pi(o_t), which was cloned on such latents, and standardises by all of those: n are few.
     """
-    decoder = Decoder(len(mean), args.decoder_hidden, num_actions).to(x.device)
-    decoder.mean.copy_(mean)
-    decoder.std.copy_(std)
+    decoder = Decoder(z.shape[1], args.decoder_hidden, num_actions).to(z.device)
+    decoder.mean.copy_(policy.mean)
+    decoder.std.copy_(policy.std)
     how = args.decoder_updates, args.decoder_learning_rate, 512
-    fit(decoder, x.__getitem__, actions, *how, args, torch.autocast(x.device.type, enabled=False))  # float32
-    decoded = DecodedPolicy(copy.deepcopy(policy), decoder, args.finetune)
-    if args.finetune:
-        fit_policy(decoded.requires_grad_(True), obs, actions, args, autocast)
-    return decoded
+    fit(decoder, z.__getitem__, actions, *how, args, torch.autocast(z.device.type, enabled=False))  # float32
+    return nn.Sequential(policy, decoder)
 
 
 def mean_and_stderr(returns):
@@ -352,7 +332,7 @@ def play(policies, num_episodes, seed, data, device, autocast, run):
         for p in np.unique(episode // num_episodes):
             mine = torch.from_numpy(episode // num_episodes == p).to(device)
             with autocast:
-                logits[mine] = policies[p](obs[mine])
+                logits[mine] = policies[p](obs[mine]).float()
         return logits / run.args.temperature
 
     n, generator = len(policies) * num_episodes, torch.Generator(device).manual_seed(seed)
@@ -638,24 +618,8 @@ if __name__ == "__main__":
     autocast = torch.autocast(device.type, torch.bfloat16, args.bf16)
     print(f"{args.env_id}: {device}, {'bfloat16' if args.bf16 else 'float32'}")
 
-    def load_obs(t):
-        return torch.from_numpy(frames["train"][t]).to(device)  # (B, 64, 64, 3) uint8
-
-    @torch.no_grad()
-    def decoder_inputs(t):
-        """What a decoder learns from at times t (n,): (n, latent_dim), with --finetune 256 features more."""
-        seen, pieces = DecodedPolicy(policy, nn.Identity(), True), np.split(t, range(512, len(t), 512))
-        with autocast:
-            if args.finetune:
-                return torch.cat([seen(load_obs(piece)) for piece in pieces])
-            return torch.cat([idm(get_windows(frames["train"], piece, device)) for piece in pieces])
-
-    mean, std = policy.mean, policy.std  # of the latents that stage 3 cloned
-    if args.finetune:  # frames without labels say how to standardise features
-        x = decoder_inputs(np.random.default_rng(args.seed).permutation(windows["train"])[:4096])
-        mean, std = x.mean(0), x.std(0) + 1e-3
-    kept = DecodedPolicy(copy.deepcopy(policy), Decoder(len(mean), args.decoder_hidden, A), args.finetune)
-    state = run.restore(policy=kept.policy, decoder=kept.decoder)  # checkpoint.pt's: most labels, first draw
+    kept = Decoder(latent_dim, args.decoder_hidden, A)  # checkpoint.pt's: most labels, first draw
+    state = run.restore(policy=policy, decoder=kept)
 
     methods = ["lapo_decoder", *["cloning_from_scratch"] * args.cloning]
     methods += [] if demonstrator else ["majority_action"]
@@ -667,15 +631,18 @@ if __name__ == "__main__":
         torch.manual_seed(seed)
         # the n labelled windows are the first n of the draw's permutation: more labels contain fewer
         t = np.random.default_rng([args.seed, draw]).permutation(labelled)[:most]
-        x, obs = decoder_inputs(t), load_obs(t)
+        obs = torch.from_numpy(frames["train"][t]).to(device)  # (n, 64, 64, 3) uint8
+        pieces = np.split(t, range(512, len(t), 512))
+        with autocast:
+            z = torch.cat([idm(get_windows(frames["train"], piece, device)) for piece in pieces])
         labels = torch.from_numpy(actions[t]).long().to(device)  # (n,)
         policies = []
         for n, method in tqdm(plan, f"draw {draw + 1} of {args.num_draws}: fit", unit="policy", leave=False):
             run.leave_if_stopped()
             if method == "lapo_decoder":
-                policies.append(fit_lapo(policy, x[:n], mean, std, obs[:n], labels[:n], A, args, autocast))
+                policies.append(fit_lapo(policy, z[:n], labels[:n], A, args))
                 if draw == 0 and n == most:
-                    kept.load_state_dict(policies[-1].state_dict())
+                    kept.load_state_dict(policies[-1][1].state_dict())
             elif method == "cloning_from_scratch":  # f(o_t): pi's network, with A logits for a latent
                 new = LatentPolicy(cloned["args"]["policy_scale"], A, patch)
                 new = new.to(device, memory_format=torch.channels_last)

@@ -45,7 +45,7 @@ from sklearn.utils.class_weight import compute_sample_weight
 from tqdm import tqdm
 
 from lapo_bc import LatentPolicy, get_windows, load_checkpoint, load_dataset, write_whole
-from lapo_decode import DecodedPolicy, Decoder, evaluate, make_env
+from lapo_decode import Decoder, evaluate, make_env
 from lapo_finetune_ppo import FinetunedAgent
 from lapo_pretrain import FDM, IDM, VQ, others
 
@@ -277,7 +277,7 @@ def load_agent(stage, args, device):
     decoder = Decoder(len(c["decoder"]["mean"]), a["decoder_hidden"], len([*c["decoder"].values()][-1]))
     policy.load_state_dict(c["policy"])
     decoder.load_state_dict(c["decoder"])
-    agent = DecodedPolicy(policy, decoder, a["finetune"]).to(device)
+    agent = torch.nn.Sequential(policy, decoder).to(device)
     return lambda obs: agent(obs) / a["temperature"]
 
 

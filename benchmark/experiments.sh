@@ -6,7 +6,7 @@
 #     SCALE        small (about 1.5 hours of a CPU core a seed) or paper (a GPU; the scripts' defaults)
 #     EXPERIMENT   online    RL+SL, RL without the decoder, without VQ as well, PPO from scratch (paper section 6.3)
 #                  offline   16 ... 4096 labels (paper: 8192): LAPO + decoder (section 6.4), cloning from scratch, VPT's
-#                            pseudo-labels from scratch; ours: the decoder fine-tuned, VPT from LAPO's networks
+#                            pseudo-labels from scratch; ours: VPT from LAPO's networks
 #                  all       both
 #                  stochastic, bottleneck, transfer, delay, video: questions.py (small; coinrun, FrozenLake-v1)
 #
@@ -104,7 +104,6 @@ for seed in "$@"; do
     AFTER=lapo_bc__$seed
     if [ "$EXPERIMENT" != online ]; then
         run lapo_decode.py lapo_decode "$seed" --data-dir "$DATA" --cloning-learning-rate "$FRESH" "${DECODE[@]}"
-        run lapo_decode.py lapo_decode_finetuned "$seed" --finetune --no-cloning --data-dir "$DATA" "${DECODE[@]}"
         run vpt.py vpt_lapo "$seed" --data-dir "$DATA" --pretrain-checkpoint "$(of lapo_pretrain)" \
             --bc-checkpoint "$(of lapo_bc)" "${VPT[@]}"
         AFTER=collect_expert_data__1 run vpt.py vpt "$seed" --data-dir "$DATA" --learning-rate "$FRESH" "${VPT[@]}"

@@ -337,19 +337,18 @@ def play(made, k, seed, policy):
 
 def video(env_id, seed):
     """More frames, with the same updates, and with updates in proportion."""
-    ours = "LAPO + decoder", 128
     for frames in FRAMES:
         videos, part = f"{frames} frames", frames / 65536
         if part == 1:  # the only one whose cloning, random play and demonstrator are taken
             found = played(lapo(env_id, "as it is", seed))
-            yield frames, found | {("in proportion", 128): found[ours]}
+            yield frames, found | {("in proportion", 128): found[FEW]}
             continue
         how = {"collect": f"--num-train-frames {frames}", "decode": "--no-cloning --num-labels 128"}
         found = played(lapo(env_id, videos, seed, **how))
         warmups = [f"--warmup-updates {updates * min(1, part):.0f}" for updates in (500, 50)]
         longer = [f"--num-updates {updates * part:.0f} {w}" for updates, w in zip((2000, 2500), warmups)]
         also = played(lapo(env_id, f"{videos}, in proportion", seed, *longer, **how, videos=videos))
-        yield frames, {ours: found[ours], ("in proportion", 128): also[ours]}
+        yield frames, {FEW: found[FEW], ("in proportion", 128): also[FEW]}
 
 
 QUESTIONS = {f.__name__: f for f in (stochastic, bottleneck, transfer, delay, video)}

@@ -276,18 +276,6 @@ def test_decoder_standardises_latents():
     torch.testing.assert_close(decoder(z), decoder.mlp((z - 3) / 2))
 
 
-def test_decoded_policy():
-    """The paper's form is decoder(pi(o)); ours sees pi(o) and the features of pi's last layer, too."""
-    torch.manual_seed(0)
-    policy, obs = decode.LatentPolicy(0.25, 8), torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8)
-    decoder, wide = decode.Decoder(8, (16,)), decode.Decoder(8 + 256, (16,))
-    torch.testing.assert_close(decode.DecodedPolicy(policy, decoder, False)(obs), decoder(policy(obs)))
-    seen = decode.DecodedPolicy(policy, torch.nn.Identity(), True)(obs)
-    torch.testing.assert_close(seen[:, :8], policy(obs))
-    torch.testing.assert_close(policy.head(seen[:, 8:]), policy(obs))
-    torch.testing.assert_close(decode.DecodedPolicy(policy, wide, True)(obs), wide(seen))
-
-
 def test_online_decoder_refit_starts_afresh():
     """fit_decoder forgets the former weights, learns what can be learnt, says how well, and stays frozen."""
     names = "decoder_learning_rate", "decoder_epochs", "decoder_batch_size", "label_smoothing"
