@@ -36,7 +36,7 @@ LOOKS = {  # name, colour (Okabe and Ito: survives colour blindness), marker
     "random": ("random", "#999999", None),
     "demonstrator": ("demonstrator", "#333333", None),
     "lapo_decode_800_updates": ("LAPO + decoder, 800 updates", "#56B4E9", "s"),
-    "lapo_decode_finetuned": ("the decoder fine-tuned (gone)", "#CC79A7", "v"),
+    "lapo_decode_finetuned": ("ours: --finetune", "#CC79A7", "v"),
     "vpt": ("VPT: pseudo-labels, from scratch", "#E69F00", "P"),
     "vpt_lapo": ("ours: VPT from LAPO's networks", "#009E73", "X"),
 }
