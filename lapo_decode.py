@@ -202,7 +202,7 @@ def fit_lapo(policy, z, actions, num_actions, args):
     """LAPO with n labels: fits a decoder d and returns the policy d(pi(o_t)) (section 6.4).
 
     d learns a_t from z (n, latent_dim), the IDM's continuous latents: the IDM saw o_{t+1}, and so what was
-    done. It plays on pi(o_t), which was cloned on such latents, and standardises by all of those: n are few.
+    done. It plays on pi(o_t), which was cloned on such latents; pi brings the mean and std of them all.
     """
     decoder = Decoder(z.shape[1], args.decoder_hidden, num_actions).to(z.device)
     decoder.mean.copy_(policy.mean)
