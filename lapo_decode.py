@@ -68,8 +68,8 @@ class Args:
     cloning_epochs: int = 0  # at least so many passes over the labels, if that is more steps
     cloning_learning_rate: float = 5e-4  # AdamW's learning rate for cloning, linearly to 0
     policy_batch_size: int = 128  # the largest batch of cloning; the decoder's is 512
-    label_smoothing: float = 0.05  # label smoothing of both
-    weight_decay: float = 1e-2  # decoupled weight decay (AdamW) of both
+    label_smoothing: float = 0.05  # label smoothing of the decoder and of cloning
+    weight_decay: float = 1e-2  # decoupled weight decay (AdamW) of the decoder and of cloning
     # run
     runs_dir: str = "runs"  # where run folders are made
     overwrite: bool = False  # replace the run in the run folder; else a finished one is kept, another goes on
@@ -632,7 +632,7 @@ if __name__ == "__main__":
         # the n labelled windows are the first n of the draw's permutation: more labels contain fewer
         t = np.random.default_rng([args.seed, draw]).permutation(labelled)[:most]
         obs = torch.from_numpy(frames["train"][t]).to(device)  # (n, 64, 64, 3) uint8
-        pieces = np.split(t, range(512, len(t), 512))
+        pieces = np.split(t, range(512, len(t), 512))  # of which the IDM makes z (n, latent_dim)
         with autocast:
             z = torch.cat([idm(get_windows(frames["train"], piece, device)) for piece in pieces])
         labels = torch.from_numpy(actions[t]).long().to(device)  # (n,)
