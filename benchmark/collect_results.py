@@ -4,7 +4,8 @@
     python benchmark/collect_results.py --quickstart runs/quickstart/coinrun__1/results.json bf16
 
 runs.csv           a row a result: env_id, method, seed, n_labels, frames, return_mean, ...; `returns` holds
-                   every episode's return, draws of the labels separated by |
+                   every episode's return, draws of the labels separated by |; label_accuracy: the share of
+                   training windows whose most probable pseudo-label of vpt.py is the true action
 curves.csv         mean return of the last 100 training episodes against frames, of every online run
 pretraining.csv    losses and costs on the test split as pretraining goes on, and its probe
 latent_space.csv   what latents tell of the true actions, beside the controls, as lapo_inspect.py found; and
@@ -46,7 +47,7 @@ SPACE = [*PROBES, "chance", "windows", "codes_used", "idm_active_share", *VARIAN
 MONITORED = ["fdm_loss", "copy_last_frame_loss", COSTS[0], "idm_active_share", "balanced_accuracy"]
 ORIGIN = ["device", "device_name", "threads", "commit", "wall_seconds"]  # device_name: of old rows
 VALUES = {
-    "runs.csv": ["num_levels", "frames", *SCORES[:2], "episodes", *SCORES[2:], *ORIGIN, "returns"],
+    "runs.csv": ["num_levels", "frames", *SCORES, "episodes", "label_accuracy", *ORIGIN, "returns"],
     "curves.csv": ["return"],
     "pretraining.csv": MONITORED,
     "latent_space.csv": SPACE,
@@ -81,13 +82,9 @@ def rows_of(run, results, scale):
     elif stage == "lapo_decode" and name == stage:
         rows["runs.csv"] = [results["random"], *results["curve"]]
     elif stage == "vpt":
-        rows["runs.csv"] = results["curve"]  # the method is the run's name
-    elif stage == "lapo_decode":  # with other flags
-        mine = (row for row in results["curve"] if row["method"] == "lapo_decoder")
-        rows["runs.csv"] = [row | {"method": name} for row in mine]
-    elif (
-        stage in ("lapo_finetune_ppo", "ppo_procgen") and name != "ppo_procgen"
-    ):  # no demonstrator's training
+        right = results["pseudo_label_accuracy"]
+        rows["runs.csv"] = [row | {"label_accuracy": right[str(row["n_labels"])]} for row in results["curve"]]
+    elif stage in ("lapo_finetune_ppo", "ppo_procgen") and name != "ppo_procgen":  # that is a demonstrator's
         rows["runs.csv"].append({**results, "method": name})
         every = max(1, results["frames"] // 60)  # about 60 points, at the same frames in every seed
         for (before, _), (frames, value) in zip([(0, None), *results["curve"]], results["curve"]):

@@ -351,9 +351,9 @@ def table_row(*cells):
 
 def tables(scores, offline, space):
     """Everything above in numbers, as Markdown."""
-    head = "game,method,labels,frames online,return,95% interval,seeds,episodes,relative return"
-    head = [*head.split(","), "share of the demonstrator's", "the paper's return (all levels)"]
-    lines, rows = table_head(*head), {(m, n) for _, m, n in scores.groups if n != ""}
+    head = "game,method,labels,frames online,return,95% interval,seeds,episodes,relative return,"
+    head += "share of the demonstrator's,right pseudo-labels,the paper's return (all levels)"
+    lines, rows = table_head(*head.split(",")), {(m, n) for _, m, n in scores.groups if n != ""}
     order = ("cloning_from_scratch", "lapo_decoder", *offline[2:])
     rows = [*((m, "") for m in ONLINE), *sorted(rows, key=lambda row: (order.index(row[0]), row[1]))]
     for g in scores.games:
@@ -363,19 +363,21 @@ def tables(scores, offline, space):
         for method, n in [("random", ""), ("demonstrator", ""), *rows]:
             if found := scores.interval(g, method, n):
                 mean, low, high, seeds, episodes = found
-                row = next(iter(scores.groups[g, method, n].values()))
-                frames = row["frames"] if method in ONLINE else ""
+                of_seeds = [*scores.groups[g, method, n].values()]
+                frames = of_seeds[0]["frames"] if method in ONLINE else ""
+                right = [row["label_accuracy"] for row in of_seeds if row.get("label_accuracy", "") != ""]
+                right = f"{np.mean(right):.2f}" if right else ""
                 what = g, LOOKS[method][0], n and f"{n:.0f}", frames and f"{frames:.0f}"
                 score = f"{mean:.2f}", f"{low:.2f} – {high:.2f}", seeds, episodes
                 shares = f"{(mean - random) / (expert - random):.2f}", f"{scores.relative(g, mean):.2f}"
-                lines.append(table_row(*what, *score, *shares, paper.get((method, n), "")))
+                lines.append(table_row(*what, *score, *shares, right, paper.get((method, n), "")))
     runs = [[len(scores.returns(g, *row)) for g in scores.games] for row in rows]
     fewest = min((sum(of_row) for of_row in runs if all(of_row)), default=0)
     many = fewest >= 8  # the same mean for all methods
     for method, n in rows if len(scores.games) > 1 else ():
         if found := scores.over_games(method, n, many):
             what = "interquartile mean" if many else "mean of the games", LOOKS[method][0], n and f"{n:.0f}"
-            lines.append(table_row(*what, *[""] * 6, "{:.2f} ({:.2f} – {:.2f})".format(*found), ""))
+            lines.append(table_row(*what, *[""] * 6, "{:.2f} ({:.2f} – {:.2f})".format(*found), "", ""))
     head = "game,pretraining,latents,seeds,linear probe,MLP probe,chance,NMI (slots),NMI (best),"
     head += "cluster purity,variance between episodes,variance between actions,"
     head += "cost of another latent,of another action,codes used,IDM active"

@@ -49,18 +49,17 @@ def test_scores_of_the_same_labels(pipeline, work):
     inline(work, "vpt", *TOY)
     results = json.loads((work / run_dir("vpt") / "results.json").read_text())
     assert [(row["method"], row["n_labels"]) for row in results["curve"]] == [("vpt", 16), ("vpt", 64)]
-    assert (
-        results["stage"] == "vpt"
-        and results["demonstrator"] == pipeline.results["lapo_decode"]["demonstrator"]
-    )
+    assert results["stage"] == "vpt"
+    assert results["demonstrator"] == pipeline.results["lapo_decode"]["demonstrator"]
     collected = collect_results.rows_of(work / run_dir("vpt"), results, "small")["runs.csv"]
-    assert [(row["method"], row["n_labels"]) for row in collected] == [("vpt", 16), ("vpt", 64)]
     worst, best = (results[end]["return_mean"] for end in ("random", "demonstrator"))
     for row in results["curve"]:
         assert row["episodes"] == 4 and row["return_mean"] == pytest.approx(np.mean(row["returns"]))
         assert row["relative_to_demonstrator"] == pytest.approx((row["return_mean"] - worst) / (best - worst))
     shares = results["pseudo_label_accuracy"]
     assert shares.keys() == {"16", "64"} and all(0 < share < 1 for share in shares.values())
+    collected = [(row["method"], row["n_labels"], row["label_accuracy"]) for row in collected]
+    assert collected == [("vpt", 16, shares["16"]), ("vpt", 64, shares["64"])]
     # the same fit by hand
     _, frames, windows = decode.load_dataset(vpt.Args(env_id=ENV_ID, data_dir=str(pipeline.data)))
     actions = frames["train"].labels("actions")
