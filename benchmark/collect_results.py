@@ -12,7 +12,6 @@ latent_space.csv   what latents tell of the true actions, beside the controls, a
                    the shares of their variance between episodes and between actions (either shuffled in the
                    row shuffled_actions); the costs of giving the FDM another latent, or true action, of
                    the same episode, as shares of its loss
-latents_2d.csv     two principal components of some test latents and their true actions, a game's first seed
 quickstart.json    with --quickstart: results of report.py, each with its "kind" of CPU
 """
 
@@ -26,7 +25,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import tyro
-from sklearn.decomposition import PCA
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -37,7 +35,6 @@ KEYS = {  # file -> what names a row; the rest are values
     "curves.csv": ["scale", "env_id", "method", "seed", "frames"],
     "pretraining.csv": ["scale", "env_id", "run", "seed", "update"],
     "latent_space.csv": ["scale", "env_id", "run", "seed", "of"],
-    "latents_2d.csv": ["scale", "env_id", "row"],
 }
 SCORES = ["return_mean", "return_stderr", "relative_to_demonstrator"]
 PROBES = ["linear_probe", "mlp_probe", "nmi", "nmi_best_slot", "cluster_purity"]
@@ -45,13 +42,12 @@ VARIANCES = ["variance_between_episodes", "variance_between_actions"]
 COSTS = ["other_latent_cost", "other_action_cost"]
 SPACE = [*PROBES, "chance", "windows", "codes_used", "idm_active_share", *VARIANCES, *COSTS, "commit"]
 MONITORED = ["fdm_loss", "copy_last_frame_loss", COSTS[0], "idm_active_share", "balanced_accuracy"]
-ORIGIN = ["device", "device_name", "threads", "commit", "wall_seconds"]  # device_name: of old rows
+ORIGIN = ["device", "threads", "commit", "wall_seconds"]
 VALUES = {
     "runs.csv": ["num_levels", "frames", *SCORES, "episodes", "label_accuracy", *ORIGIN, "returns"],
     "curves.csv": ["return"],
     "pretraining.csv": MONITORED,
     "latent_space.csv": SPACE,
-    "latents_2d.csv": ["x", "y", "action", "explained"],
 }
 
 
@@ -114,8 +110,6 @@ def rows_of(run, results, scale):
                     row[cost] = results["worth"].get(given, {}).get("same_episode")
             more = {key: space[key] for key in ("chance", "windows")}
             rows["latent_space.csv"].append({**common, **more, **space[of], **row})
-        if name == "lapo_inspect":
-            rows["latents_2d.csv"] = [common | point for point in latents_2d(z, actions)]
     of_run = common | origin
     rows["runs.csv"] = [of_run | row | {"returns": joined(row["returns"])} for row in rows["runs.csv"]]
     for row in rows["runs.csv"]:
@@ -132,16 +126,6 @@ def test_latents(results, checkpoint):
     z = inspect.encode(*networks[:2], frames["test"], t, torch.device("cpu"))[0]
     folder = Path(args.data_dir or f"data/{args.env_id}") / "test"
     return np.asarray(z), np.load(folder / "actions.npy")[t], np.cumsum(np.load(folder / "first.npy"))[t]
-
-
-def latents_2d(z, actions, count=600):
-    """Two principal components of `count` test latents with their true actions."""
-    pca = PCA(2, random_state=0).fit(z)
-    explained = " ".join(f"{share:.3f}" for share in pca.explained_variance_ratio_)
-    some = np.linspace(0, len(z) - 1, min(count, len(z))).astype(int)  # windows are in the order of time
-    points = zip(pca.transform(z[some]).round(3).tolist(), actions[some].tolist())
-    names = "row", "x", "y", "action", "explained"
-    return [dict(zip(names, (i, x, y, a, explained))) for i, ((x, y), a) in enumerate(points)]
 
 
 def merge(path, keys, values, new):
@@ -197,12 +181,10 @@ if __name__ == "__main__":
     runs = sorted(path.parent for path in Path(args.runs_dir).glob("*__*__*/results.json"))
     if not runs:
         sys.exit(f"error: --runs-dir {args.runs_dir} holds no finished run: make some with experiments.sh")
-    new, first_seed = {file: [] for file in KEYS}, {}
+    new = {file: [] for file in KEYS}
     for run in runs:
         results = json.loads((run / "results.json").read_text())
         rows = rows_of(run, results, Path(args.runs_dir).name)
-        if first_seed.setdefault(results["env_id"], results["args"]["seed"]) != results["args"]["seed"]:
-            rows["latents_2d.csv"] = []
         for file in KEYS:
             new[file] += rows[file]
     for file, rows in new.items():

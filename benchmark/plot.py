@@ -1,16 +1,16 @@
 """The paper's figures and tables from the CSV files of collect_results.py, the paper's values beside ours.
 
-    python benchmark/plot.py    # *.csv -> {online,offline,means,bars,latents}.png, {tables,summary}.md
+    python benchmark/plot.py    # *.csv -> {online,offline,means}.png, tables.md
 
 Intervals are 95%, by a bootstrap over seeds, draws of the labels and episodes (games stay as they are). With
 three seeds they are rough: seeds that differ much make them too narrow, episodes too wide. Of one seed they
-know nothing about others. Means over games are interquartile means over all of their runs where every method
-has at least eight of them (Agarwal et al. 2021, rliable's method); their intervals also resample random play
-and the demonstrator, which the shares are measured by.
+know nothing about others. Those of means over games also resample random play and the demonstrator, which the
+shares are measured by.
 """
 
 import csv
 import sys
+import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import tyro
-from scipy.stats import trim_mean
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -26,19 +25,18 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parent.parent
 
 ONLINE = ("rl_sl", "rl_no_sl", "no_vq", "ppo_from_scratch")
+OFFLINE = ("cloning_from_scratch", "vpt", "lapo_decoder", "vpt_lapo")
 LOOKS = {  # name, colour (Okabe and Ito: survives colour blindness), marker
     "rl_sl": ("LAPO: RL + online decoder", "#0072B2", "o"),
     "rl_no_sl": ("LAPO: RL, no decoder", "#56B4E9", "s"),
     "no_vq": ("LAPO: no decoder, no VQ", "#009E73", "^"),
     "ppo_from_scratch": ("PPO from scratch", "#D55E00", "D"),
-    "lapo_decoder": ("LAPO + decoder", "#0072B2", "o"),
     "cloning_from_scratch": ("cloning from scratch", "#D55E00", "D"),
+    "vpt": ("VPT from scratch", "#E69F00", "P"),
+    "lapo_decoder": ("LAPO, the paper's decoder", "#0072B2", "o"),
+    "vpt_lapo": ("ours: VPT from LAPO", "#009E73", "X"),
     "random": ("random", "#999999", None),
     "demonstrator": ("demonstrator", "#333333", None),
-    "lapo_decode_800_updates": ("LAPO + decoder, 800 updates", "#56B4E9", "s"),
-    "lapo_decode_finetuned": ("ours: --finetune", "#CC79A7", "v"),
-    "vpt": ("VPT: pseudo-labels, from scratch", "#E69F00", "P"),
-    "vpt_lapo": ("ours: VPT from LAPO's networks", "#009E73", "X"),
 }
 # Mean returns of a random policy and of the paper's expert, Procgen easy mode, all levels (paper, appendix)
 PAPER_SCORES = {
@@ -51,12 +49,20 @@ PAPER_SCORES = {
 }  # fmt: skip
 # Read off the paper's figures (all levels, expert of 50M frames); shares of the expert: means of 16 games
 PAPER_SHARES = {"rl_sl": 1.00, "rl_no_sl": 0.93, "no_vq": 0.81, "ppo_from_scratch": 0.44}  # at 4M frames
-PAPER_SHARE_OFFLINE = 0.57  # of LAPO + decoder with 8,192 labels
 PAPER_RETURNS = {  # of LAPO + decoder with 8,192 labels, of PPO from scratch at 4M frames
     "bigfish": (36, 2.6), "bossfight": (10.2, 9.3), "caveflyer": (3.6, 5.2), "chaser": (1.0, 3.6),
     "climber": (5.8, 5.2), "coinrun": (6.7, 9.3), "dodgeball": (14.4, 1.5), "fruitbot": (2.5, 27.6),
     "heist": (9.7, 3.4), "jumper": (7.7, 6.8), "leaper": (2.6, 5.3), "maze": (9.4, 7.5),
     "miner": (9.0, 5.8), "ninja": (6.7, 5.2), "plunder": (4.5, 4.0), "starpilot": (53, 36),
+}  # fmt: skip
+
+
+MEANINGS = {  # columns of latent_space.csv
+    "linear_probe": "linear probe", "mlp_probe": "MLP probe", "chance": "chance", "nmi": "NMI (slots)",
+    "nmi_best_slot": "NMI (best)", "cluster_purity": "cluster purity",
+    "variance_between_episodes": "variance between episodes",
+    "variance_between_actions": "variance between actions", "other_latent_cost": "cost of another latent",
+    "other_action_cost": "of another action", "idm_active_share": "IDM active",
 }  # fmt: skip
 
 
@@ -96,12 +102,6 @@ def pick(items, rng):
     return [items[i] for i in rng.integers(len(items), size=len(items))]
 
 
-def resampled_means(seeds, resamples, rng):
-    """Bootstrap means (resamples,) of seeds, each a list of draws, each an array of episodes."""
-    means = ([resampled(draws, rng) for draws in pick(seeds, rng)] for _ in range(resamples))
-    return np.array([np.mean(of_seeds) for of_seeds in means])
-
-
 class Scores:
     """Scores of methods from runs.csv, on the scale where random play is 0 and the demonstrator 1."""
 
@@ -110,15 +110,10 @@ class Scores:
         for row in rows:
             self.groups[row["env_id"], row["method"], row["n_labels"]][row["seed"]] = row
         self.games = sorted({env_id for env_id, method, _ in self.groups if method == "demonstrator"})
-        self.random, self.demonstrator, self.found, rng = {}, {}, {}, np.random.default_rng(0)
-        self.ends = {}  # bootstrap means (resamples,) of 0 and 1 of the shares
+        self.found, self.random, self.demonstrator = {}, {}, {}
         for g in self.games:
-            at_random, demonstrator = self.returns(g, "random"), self.returns(g, "demonstrator")
-            self.random[g], low = PAPER_SCORES[g][0], np.full(resamples, PAPER_SCORES[g][0])
-            if at_random:  # without random play the paper's number stands, and does not vary
-                self.random[g], low = np.mean(at_random), resampled_means(at_random, resamples, rng)
-            self.demonstrator[g] = np.mean(demonstrator)
-            self.ends[g] = low, resampled_means(demonstrator, resamples, rng)
+            at_random = self.interval(g, "random") or PAPER_SCORES[g]
+            self.random[g], self.demonstrator[g] = at_random[0], self.interval(g, "demonstrator")[0]
 
     def returns(self, env_id, method, n_labels=""):
         """[draws] of every seed."""
@@ -127,41 +122,33 @@ class Scores:
     def label_counts(self, env_id, method):
         return sorted(n for g, m, n in self.groups if (g, m) == (env_id, method) and n != "")
 
-    def interval(self, env_id, method, n_labels=""):
+    def bootstrap(self, *key):
+        """Means (resamples,) with seeds, draws and episodes of a game, method and n_labels drawn again."""
+        if key not in self.found:
+            seeds, rng = self.returns(*key), np.random.default_rng(zlib.crc32(repr(key).encode()))
+            again = ([resampled(draws, rng) for draws in pick(seeds, rng)] for _ in range(self.resamples))
+            self.found[key] = np.array([np.mean(of_seeds) for of_seeds in again])
+        return self.found[key]
+
+    def interval(self, *key):
         """Mean return, its 95% interval, number of seeds and of episodes; None if there are no runs."""
-        key = env_id, method, n_labels
-        if key not in self.found and (seeds := self.returns(*key)):
-            means = resampled_means(seeds, self.resamples, np.random.default_rng(0))
+        if seeds := self.returns(*key):
             mean, episodes = np.mean([np.mean(draws) for draws in seeds]), sum(map(np.size, sum(seeds, [])))
-            self.found[key] = mean, *np.percentile(means, [2.5, 97.5]), len(seeds), episodes
-        return self.found.get(key)
+            return mean, *np.percentile(self.bootstrap(*key), [2.5, 97.5]), len(seeds), episodes
 
     def relative(self, env_id, value):
         """Return -> share of the demonstrator's above random."""
         return (value - self.random[env_id]) / (self.demonstrator[env_id] - self.random[env_id])
 
-    def over_games(self, method, n_labels="", interquartile=False):
-        """(Interquartile) mean of the games' shares, its 95% interval; None unless every game has runs."""
-        per_game = {g: self.returns(g, method, n_labels) for g in self.games}
-        if not all(per_game.values()):
+    def over_games(self, *key):
+        """Mean of the games' shares of a method, n_labels; its 95% interval; None unless all have runs."""
+        if not all(self.returns(g, *key) for g in self.games):
             return None
-        rng, samples = np.random.default_rng(0), []
-
-        def centre(values):  # [(seeds,) of every game]
-            if interquartile:
-                return trim_mean(np.concatenate(values), 0.25)
-            return np.mean([of_game.mean() for of_game in values])
-
-        for i in range(self.resamples):
-            shares = []
-            for g, seeds in per_game.items():
-                low, high = (end[i] for end in self.ends[g])
-                returns = np.array([resampled(draws, rng) for draws in pick(seeds, rng)])
-                shares.append((returns - low) / (high - low))
-            samples.append(centre(shares))
-        means = {g: np.array([np.mean(draws) for draws in seeds]) for g, seeds in per_game.items()}
-        point = centre([self.relative(g, of_seeds) for g, of_seeds in means.items()])
-        return point, *np.percentile(samples, [2.5, 97.5])
+        shares, again = [self.relative(g, self.interval(g, *key)[0]) for g in self.games], []
+        for g in self.games:
+            low = self.bootstrap(g, "random") if self.returns(g, "random") else self.random[g]
+            again.append((self.bootstrap(g, *key) - low) / (self.bootstrap(g, "demonstrator") - low))
+        return np.mean(shares), *np.percentile(np.mean(again, 0), [2.5, 97.5])
 
 
 def style(method, **more):
@@ -288,137 +275,100 @@ def plot_means(scores, offline, path):
     save(fig, path, "Bars: 95% bootstrap over seeds, draws of the labels and episodes.")
 
 
-def plot_bars(scores, offline, path):
-    """Share of the demonstrator's return, a group a game; the paper's mean over its games beside them."""
-    methods = [m for m in (*ONLINE, *offline) if any(key[1] == m for key in scores.groups)]
-    if not methods:
-        return
-    fig, ax = plt.subplots(figsize=(3.4 * (len(scores.games) + 1) + 2, 4.2))
-    width, paper = 0.8 / len(methods), PAPER_SHARES | {"lapo_decoder": PAPER_SHARE_OFFLINE}
-    for i, method in enumerate(methods):
-        name, color, _ = LOOKS[method]
-        at = np.arange(len(scores.games) + 1) + (i - (len(methods) - 1) / 2) * width
-        hatch = None if method in ONLINE else "//"
-        for x, g in zip(at, scores.games):
-            n = max(scores.label_counts(g, "lapo_decoder"), default=None) if hatch else ""
-            if found := scores.interval(g, method, n):
-                mean, low, high = (scores.relative(g, value) for value in found[:3])
-                label = name if x == at[0] else None
-                ax.bar(x, mean, width * 0.92, color=color, label=label, hatch=hatch, ec="white", lw=0.3)
-                spread = [[max(0, mean - low)], [max(0, high - mean)]]
-                ax.errorbar(x, mean, spread, color="black", lw=1, capsize=2)
-        if method in paper:
-            ax.bar(at[-1], paper[method], width * 0.92, color="white", ec=color, lw=1.5)
-    ax.axhline(1, color=LOOKS["demonstrator"][1], ls="--", lw=1.2)
-    ax.set_xticks(range(len(at)), [*scores.games, "paper: 16 games,\n4M frames / 8,192 labels"])
-    ax.set_ylabel("return above random,\nshare of the demonstrator's")
-    ax.legend(fontsize=7, ncol=2, loc="upper left", bbox_to_anchor=(1.01, 1))
-    text = "Final scores with 95% intervals; hatched: offline, with the most labels. "
-    save(fig, path, text + "Open bars: the paper's, on all levels, expert of 50M frames.")
+def table(head, rows):
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [head, ["---"] * len(head), *rows])
 
 
-def plot_latents(points, path):
-    """Two principal components of test latents; colour and marker: the true action's move."""
-    games = sorted({p["env_id"] for p in points})
-    if not games:
-        return
-    fig, axes = panels(len(games), 5.2, 4.4)
-    for ax, env_id in zip(axes, games):
-        mine = [p for p in points if p["env_id"] == env_id]
-        xy = np.array([[p["x"], p["y"]] for p in mine])
-        # Procgen's actions 0-8 are 3 * (right + 1) + (up + 1); 9-14 are buttons without a move
-        move = np.array([p["action"] if p["action"] < 9 else 4 for p in mine]).astype(int)
-        for m in np.unique(move):
-            horizontal, color = (("left", "#D55E00"), ("", "#999999"), ("right", "#0072B2"))[m // 3]
-            vertical, marker = (("down", "v"), ("", "o"), ("up", "^"))[m % 3]
-            name = f"{horizontal} {vertical}".strip() or "stay or a button"
-            ax.scatter(*xy[move == m].T, s=18, c=color, marker=marker, alpha=0.65, linewidths=0, label=name)
-        first, second = map(float, str(mine[0]["explained"]).split())
-        ax.set(title=env_id, xlabel=f"1st principal component ({first:.0%} of variance)")
-        ax.set_ylabel(f"2nd principal component ({second:.0%})")
-        ax.legend(fontsize=8, ncol=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
-    text = "Continuous latents of test frames (first seed) by the true action, which nobody told the model. "
-    save(fig, path, text + "Look for places of one colour.")
+def number(x):
+    """Two decimals, with a minus sign (and no −0.00)."""
+    return f"{round(x, 2) + 0.0:.2f}".replace("-", "−")
 
 
-def table_head(*cells):
-    return [table_row(*cells), "|" + "---|" * len(cells)]
+def with_interval(found):
+    """(mean, low, high, ...) as text; of None nothing."""
+    return f"{number(found[0])} ({number(found[1])} – {number(found[2])})" if found else ""
 
 
-def table_row(*cells):
-    return "| " + " | ".join(map(str, cells)) + " |"
+def first_worth(pretraining, *key):
+    """The update of a game, run and seed from which on another latent costs a fifth of the loss, as text."""
+    points = [p for p in pretraining if (p["env_id"], p["run"], p["seed"]) == key]
+    late = [p["update"] for p in points if p["other_latent_cost"] >= 0.2]
+    return f"{min(late):,.0f}" if late else f"> {max(p['update'] for p in points):,.0f}" if points else ""
 
 
-def tables(scores, offline, space):
-    """Everything above in numbers, as Markdown."""
-    head = "game,method,labels,frames online,return,95% interval,seeds,episodes,relative return,"
-    head += "share of the demonstrator's,right pseudo-labels,the paper's return (all levels)"
-    lines, rows = table_head(*head.split(",")), {(m, n) for _, m, n in scores.groups if n != ""}
-    order = ("cloning_from_scratch", "lapo_decoder", *offline[2:])
-    rows = [*((m, "") for m in ONLINE), *sorted(rows, key=lambda row: (order.index(row[0]), row[1]))]
-    for g in scores.games:
+def tables(scores, offline, space, pretraining):
+    """All numbers as Markdown; README.md and docs/results.md have the first four tables from here."""
+    games, counts = scores.games, sorted({n for _, _, n in scores.groups if n != ""})
+    name, labels = {m: LOOKS[m][0] for m in LOOKS}, {n: f"{n:,.0f}" for n in counts}
+
+    def head(*key):
+        return ["mean (95% interval)", *(f"{g} ({len(scores.returns(g, *key))})" for g in games)]
+
+    def shares(*key):
+        found = [scores.interval(g, *key) for g in games]
+        each = [number(scores.relative(g, of_game[0])) if of_game else "" for g, of_game in zip(games, found)]
+        return [with_interval(scores.over_games(*key)), *each]
+
+    def right(env_id, method, n):
+        """The share of right pseudo-labels, mean of seeds; only VPT makes any."""
+        seeds = [row["label_accuracy"] for row in scores.groups.get((env_id, method, n), {}).values()]
+        return f"{np.mean(seeds):.2f}" if seeds and "" not in seeds else ""
+
+    yield "## Mean of the games, shares of the demonstrator's return above random play"
+    rows = [[name[m], *(with_interval(scores.over_games(m, n)) for n in counts)] for m in offline]
+    yield table(["labels", *labels.values()], rows)
+    yield "## Every game; in brackets the number of seeds"
+    rows = [[labels[n], name[m], *shares(m, n)] for n in counts for m in offline]
+    yield table(["labels", "", *head(offline[-1], counts[-1] if counts else "")], rows)
+    yield "## Online, the same; the seeds are those of RL with the online decoder"
+    rows = [[name[m], *shares(m), number(PAPER_SHARES[m])] for m in ONLINE]
+    yield table(["", *head("rl_sl"), "the paper's (16 games, 4M frames)"], rows)
+    yield "## Right pseudo-labels, from LAPO's networks / from scratch"
+    rows = [
+        [labels[n], *(f"{right(g, 'vpt_lapo', n)} / {right(g, 'vpt', n)}" for g in games)] for n in counts
+    ]
+    yield table(["labels", *games], rows)
+    yield "## Returns; relative return: on the paper's scale, its expert's"
+    rows, keys = [], [(m, "") for m in ("random", "demonstrator", *ONLINE)]
+    for g in games:
         random, expert = PAPER_SCORES[g]
-        paper = {("random", ""): random, ("demonstrator", ""): expert}
-        paper |= dict(zip((("lapo_decoder", 8192.0), ("ppo_from_scratch", "")), PAPER_RETURNS[g]))
-        for method, n in [("random", ""), ("demonstrator", ""), *rows]:
-            if found := scores.interval(g, method, n):
-                mean, low, high, seeds, episodes = found
-                of_seeds = [*scores.groups[g, method, n].values()]
-                frames = of_seeds[0]["frames"] if method in ONLINE else ""
-                right = [row["label_accuracy"] for row in of_seeds if row.get("label_accuracy", "") != ""]
-                right = f"{np.mean(right):.2f}" if right else ""
-                what = g, LOOKS[method][0], n and f"{n:.0f}", frames and f"{frames:.0f}"
-                score = f"{mean:.2f}", f"{low:.2f} – {high:.2f}", seeds, episodes
-                shares = f"{(mean - random) / (expert - random):.2f}", f"{scores.relative(g, mean):.2f}"
-                lines.append(table_row(*what, *score, *shares, right, paper.get((method, n), "")))
-    runs = [[len(scores.returns(g, *row)) for g in scores.games] for row in rows]
-    fewest = min((sum(of_row) for of_row in runs if all(of_row)), default=0)
-    many = fewest >= 8  # the same mean for all methods
-    for method, n in rows if len(scores.games) > 1 else ():
-        if found := scores.over_games(method, n, many):
-            what = "interquartile mean" if many else "mean of the games", LOOKS[method][0], n and f"{n:.0f}"
-            lines.append(table_row(*what, *[""] * 6, "{:.2f} ({:.2f} – {:.2f})".format(*found), "", ""))
-    head = "game,pretraining,latents,seeds,linear probe,MLP probe,chance,NMI (slots),NMI (best),"
-    head += "cluster purity,variance between episodes,variance between actions,"
-    head += "cost of another latent,of another action,codes used,IDM active"
-    lines += ["", *table_head(*head.split(","))]
+        paper = {"random": random, "demonstrator": expert, "ppo_from_scratch": PAPER_RETURNS[g][1]}
+        for m, n in [*keys, *((m, n) for m in offline for n in counts)]:
+            if found := scores.interval(g, m, n):
+                frames = (
+                    [f"{row['frames']:.0f}" for row in scores.groups[g, m, n].values()]
+                    if m in ONLINE
+                    else [""]
+                )
+                what = g, name[m], labels.get(n, ""), *frames[:1], with_interval(found), *found[3:]
+                rows.append([*what, number((found[0] - random) / (expert - random)), paper.get(m, "")])
+    what = "game", "method", "labels", "frames", "return (95% interval)", "seeds", "episodes"
+    yield table([*what, "relative return", "the paper's return (all levels)"], rows)
+    yield "## What latents tell of the action; means of seeds"
     groups, order = defaultdict(list), ("trained", "untrained_idm", "shuffled_actions")
     for row in space:
         groups[row["env_id"], row["run"], order.index(row["of"])].append(row)
-    for (g, run, of), rows in sorted(groups.items()):
-        metrics = "linear_probe", "mlp_probe", "chance", "nmi", "nmi_best_slot", "cluster_purity"
-        metrics = *metrics, "variance_between_episodes", "variance_between_actions"
-        metrics = *metrics, "other_latent_cost", "other_action_cost"
-        known = [[r[k] for r in rows if r.get(k, "") != ""] for k in metrics]
-        values = [f"{np.mean(x):.3f}" if x else "" for x in known]
-        used = "; ".join(str(r["codes_used"]) for r in rows if r["codes_used"])
-        active = "; ".join(f"{r['idm_active_share']:.1%}" for r in rows if r["idm_active_share"] != "")
-        what = g, "no VQ" if run.endswith("no_vq") else "VQ", order[of].replace("_", " "), len(rows)
-        lines.append(table_row(*what, *values, used, active))
-    return "\n".join(lines) + "\n"
-
-
-def summary(scores, offline):
-    """The table of docs/results.md: the final scores, offline those with the most labels."""
-    head = "game", "method", "return (95% interval)", "share of the demonstrator's", "seeds", "episodes"
-    lines = table_head(*head, "the paper's return (all levels)")
-    order = ("random", "demonstrator", *ONLINE, "cloning_from_scratch", "lapo_decoder", *offline[2:])
-    for g in scores.games:
-        game, (random, expert) = g, PAPER_SCORES[g]  # its name once
-        paper = {"random": f"{random:.2f}", "demonstrator": f"{expert:.2f}"}
-        paper |= dict(zip((("lapo_decoder", 8192.0), "ppo_from_scratch"), PAPER_RETURNS[g]))
-        for method, share in PAPER_SHARES.items():
-            paper[method] = f"{paper.get(method, '')} (share {share:.2f}, 16 games)".strip()
-        for method in order:
-            n = max(scores.label_counts(g, method), default="")
-            if found := scores.interval(g, method, n):
-                mean, low, high, seeds, episodes = found
-                name = LOOKS[method][0] + (f", {n:,.0f} labels" if n else "")
-                score = f"{mean:.2f} ({low:.2f} – {high:.2f})", f"{scores.relative(g, mean):.2f}"
-                beside = paper.get((method, n) if n else method, "")
-                lines.append(table_row(game, name, *score, seeds, f"{episodes:,}", beside))
-                game = ""
-    return "\n".join(lines) + "\n"
+    rows = []
+    for (g, run, of), seeds in sorted(groups.items()):
+        known = [[row[key] for row in seeds if row[key] != ""] for key in MEANINGS]
+        means = [f"{np.mean(x):.3g}" if x else "" for x in known]
+        used = "; ".join(str(row["codes_used"]) for row in seeds if row["codes_used"])
+        late = [first_worth(pretraining, g, run, row["seed"]) for row in seeds if of == 0]
+        what = g, "no VQ" if run.endswith("no_vq") else "VQ", order[of].replace("_", " "), len(seeds)
+        rows.append([*what, *means, "; ".join(late), used])
+    yield table(
+        [
+            "game",
+            "pretraining",
+            "latents",
+            "seeds",
+            *MEANINGS.values(),
+            "updates until it costs 20%",
+            "codes used",
+        ],
+        rows,
+    )
 
 
 if __name__ == "__main__":
@@ -426,15 +376,14 @@ if __name__ == "__main__":
     folder, prefix = Path(args.results), "" if args.scale == "small" else f"{args.scale}-"
     if not (folder / "runs.csv").exists():
         sys.exit(f"error: {folder}/runs.csv is missing: make it with `python benchmark/collect_results.py`")
-    names = "runs", "curves", "latent_space", "latents_2d"
-    rows, curves, space, points = (read(folder / f"{name}.csv", args.scale) for name in names)
+    names = "runs", "curves", "latent_space", "pretraining"
+    rows, curves, space, pretraining = (read(folder / f"{name}.csv", args.scale) for name in names)
     if not rows:
         sys.exit(f"error: {folder}/runs.csv holds no run of --scale {args.scale}: choose one that it has")
     if strange := sorted({row["method"] for row in rows} - LOOKS.keys()):
         print(f"left out, as only runs named as in experiments.sh are drawn: {', '.join(strange)}")
         rows = [row for row in rows if row["method"] not in strange]
-    ours = sorted({row["method"] for row in rows if row["method"].startswith(("lapo_decode_", "vpt"))})
-    offline = "lapo_decoder", "cloning_from_scratch", *ours
+    offline = [m for m in OFFLINE if any(row["method"] == m for row in rows)]
     scores = Scores(rows, args.resamples)
     for env_id in sorted({row["env_id"] for row in rows} - set(scores.games)):
         print(f"{env_id} is left out: no demonstrator's score, which collect_expert_data.py's run holds")
@@ -443,15 +392,10 @@ if __name__ == "__main__":
     plot_online(curves, scores, folder / f"{prefix}online.png")
     plot_offline(scores, offline, folder / f"{prefix}offline.png")
     plot_means(scores, offline, folder / f"{prefix}means.png")
-    plot_bars(scores, offline, folder / f"{prefix}bars.png")
-    plot_latents(points, folder / f"{prefix}latents.png")
-    ran_on = Counter()
-    for row in rows:
-        device = f"{row['device']} ({row['device_name']})" if row["device_name"] else row["device"]
-        ran_on[f"{device}, threads: {row['threads']:.0f}"] += 1
+    ran_on = Counter(f"{row['device']}, threads: {row['threads']:.0f}" for row in rows)
     ran_on = "; ".join(f"{device}: {count}" for device, count in ran_on.items())
-    for name, table in (("tables", tables(scores, offline, space)), ("summary", summary(scores, offline))):
-        (folder / f"{prefix}{name}.md").write_text(f"Rows of runs.csv by device: {ran_on}\n\n{table}")
-    print(
-        f"wrote {folder}/{prefix}{{online,offline,means,bars,latents}}.png and {prefix}{{tables,summary}}.md"
+    text = "\n\n".join(
+        [f"Rows of runs.csv by device: {ran_on}", *tables(scores, offline, space, pretraining)]
     )
+    (folder / f"{prefix}tables.md").write_text(text + "\n")
+    print(f"wrote {folder}/{prefix}{{online,offline,means}}.png and {prefix}tables.md")

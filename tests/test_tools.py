@@ -304,6 +304,17 @@ def test_results_to_tables_and_pictures(pipeline, report, tmp_path):
     assert any("demonstrator" in path.read_text() for path in tmp_path.glob("*.md"))
 
 
+def test_shares():
+    """Shares of the demonstrator and their mean over games, on returns that do not vary."""
+    rows = []
+    for game, method, x in zip("aaabbb", ["random", "demonstrator", "vpt"] * 2, (1, 11, 6, -2, 2, 1)):
+        row = {"env_id": game, "method": method, "n_labels": "", "returns": f"{x} {x}|{x} {x}"}
+        rows += [row | {"seed": seed} for seed in (1, 2)]
+    scores = plot.Scores(rows, 50)
+    assert scores.interval("a", "vpt", "") == (6, 6, 6, 2, 8) and scores.relative("b", 1) == 0.75
+    assert scores.over_games("vpt", "") == (0.625,) * 3 and scores.over_games("rl_sl", "") is None
+
+
 def test_throughput(tmp_path):
     """throughput.py measures, prints and writes its rows; rows of stages that were not measured stay."""
     out, kept = tmp_path / "t.json", {"stage": "clone", "shapes": "paper", "rate": 7}

@@ -1,6 +1,6 @@
 """Small worlds of gymnasium, Procgen's games on every Python, and datasets that nobody can play."""
 
-import hashlib
+import hashlib  # noqa: I001
 import json
 
 import gymnasium
@@ -8,21 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    ADAM_STEP,
-    ENV_ID,
-    ENV_NAMES,
-    NOW,
-    ROOT,
-    TOY,
-    inline,
-    interrupted,
-    load,
-    ppo,
-    pretrain,
-    refusal,
-    replace,
-    run_dir,
-    same_tensors,
+    ADAM_STEP, ENV_ID, ENV_NAMES, NOW, ROOT, TOY, inline, interrupted, load, ppo, pretrain, refusal, replace,
+    run_dir, same_tensors,
 )  # fmt: skip
 from gymnasium.envs.toy_text.frozen_lake import generate_random_map
 from PIL import Image
