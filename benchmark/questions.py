@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from filelock import FileLock
 from scipy import stats
 from tqdm import tqdm
 
@@ -70,9 +71,9 @@ LAKE = {  # what the small world has of its own, quickstart.sh's
     .replace("--scale 1", "--scale 0.5"),
 }
 RATES, DELAYS, FRAMES = (0, 0.1, 0.25, 0.5), (0, 1, 2, 4), (2048, 8192, 32768, 65536, 131072)
-SIZES = {  # codebooks x slots x codes: flags of pretraining
-    "1x1x8, 3 bits": "--vq-num-codebooks 1 --vq-num-slots 1 --vq-num-codes 8",
-    "1x2x16, 8 bits": "--vq-num-codebooks 1 --vq-num-slots 2 --vq-num-codes 16",
+SIZES = {  # codebooks x slots x codes: flags of pretraining; latents have 32 dimensions in all
+    "1x1x8, 3 bits": "--vq-num-codebooks 1 --vq-num-slots 1 --vq-num-codes 8 --vq-dim 32",
+    "1x2x16, 8 bits": "--vq-num-codebooks 1 --vq-num-slots 2 --vq-num-codes 16 --vq-dim 16",
     "2x4x64, 48 bits": "",  # the paper's
     "no VQ": "--no-vq",
 }
@@ -106,11 +107,13 @@ def run(env_id, variant, stage, seed, *flags, altered=()):
     own = (LAKE if env_id == "FrozenLake-v1" else {}).get(stage, FLAGS[stage])
     command = [f"{stage}.py", "--env-id", env_id, "--seed", seed, "--runs-dir", path.parent.parent]
     command = [*map(str, command), *own.split(), *map(str, flags)]
-    if not path.exists():
-        wrapped = ["benchmark/altered.py", *altered, *command] if altered else command
-        print("==", shlex.join(["python", *wrapped]), flush=True)
-        if status := subprocess.run([sys.executable, *wrapped]).returncode:
-            sys.exit(status)
+    path.parent.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.parent.parent / ".lock"):  # another question may need the same run
+        if not path.exists():
+            wrapped = ["benchmark/altered.py", *altered, *command] if altered else command
+            print("==", shlex.join(["python", *wrapped]), flush=True)
+            if status := subprocess.run([sys.executable, *wrapped]).returncode:
+                sys.exit(status)
     results = json.loads(path.read_text())
     if results["command"] != shlex.join(["python", *command]):
         sys.exit(f"error: {path} was made with other flags than today's: move its folder away")
@@ -131,6 +134,8 @@ def collected(env_id, variant, flags="", altered=()):
     """The dataset of a variant, the demonstrator's play in its games; one for all seeds."""
     data_dir = folder(env_id, variant) / "data"
     run(env_id, variant, "collect_expert_data", 1, "--data-dir", data_dir, *flags.split(), altered=altered)
+    if altered and not (data_dir / "test" / "happened.npy").exists():
+        sys.exit(f"error: {data_dir} lacks happened.npy, as it was interrupted: delete {data_dir.parent}")
     return data_dir
 
 
@@ -177,7 +182,7 @@ def learned(made):
     happened = frames["test"].folders[0] / "happened.npy"
     labels = {"meant": meant, "shuffled": np.random.default_rng(0).permutation(meant)}
     labels["happened"] = np.load(happened)[t] if happened.exists() else meant
-    last, found = made["pretrain"], {}
+    last, found = made["pretrain"], {"not as meant": float((labels["happened"] != meant).mean())}
     found["loss / copying"] = last["test/fdm_loss"] / last["test/copy_last_frame_loss"]
     for name, actions in labels.items():
         _, _, purity, nmi = cluster(z, len(np.unique(meant)) + (not moved.all()), actions, moved)
@@ -336,14 +341,18 @@ def play(made, k, seed, policy):
 
 
 def video(env_id, seed):
-    """More frames, with the same updates, and with updates in proportion."""
+    """More frames, of more games, with the same updates, and with updates in proportion."""
     for frames in FRAMES:
         videos, part = f"{frames} frames", frames / 65536
         if part == 1:  # the only one whose cloning, random play and demonstrator are taken
             found = played(lapo(env_id, "as it is", seed))
             yield frames, found | {("in proportion", 128): found[FEW]}
             continue
-        how = {"collect": f"--num-train-frames {frames}", "decode": "--no-cloning --num-labels 128"}
+        games = frames // 1024  # as long as the others: in few steps they would all be at their beginnings
+        how = {
+            "collect": f"--num-train-frames {frames} --num-envs {games}",
+            "decode": "--no-cloning --num-labels 128",
+        }
         found = played(lapo(env_id, videos, seed, **how))
         warmups = [f"--warmup-updates {updates * min(1, part):.0f}" for updates in (500, 50)]
         longer = [f"--num-updates {updates * part:.0f} {w}" for updates, w in zip((2000, 2500), warmups)]
@@ -426,12 +435,13 @@ PREDICTION = "prediction", [("loss / copying", "")]
 LATENTS = "latents against actions: NMI", [(f"NMI, {name}", "") for name in ("meant", "happened", "shuffled")]
 RL, PPO = ("RL + SL", ""), ("PPO from scratch", "")
 FEW, MANY = ("LAPO + decoder", 128), ("LAPO + decoder", 512)
+ENDS = ("demonstrator", ""), ("random", "")  # whose returns fall with the others'
 MENDED = [("pi at several steps", 512), ("pi of later latents", 512)]
 LABELS = ("its own world's labels", "this world's labels", "commonest action")
 SEEN = ("z_t", "z_t+k", "z_t to z_t+k", "pi(o_t)", "pi(o_t-k) to pi(o_t)")
 PANELS = {  # question: what x is, panels [(title, [(measure, n_labels)])]
     "stochastic": (
-        "how often another action is carried out",
+        "how often a random action (FrozenLake) or the last one (coinrun) is carried out",
         [PREDICTION, LATENTS, ("play", [FEW, ("cloning", 128), RL, PPO])],
     ),
     "bottleneck": (
@@ -440,18 +450,21 @@ PANELS = {  # question: what x is, panels [(title, [(measure, n_labels)])]
     ),
     "transfer": (
         "",
-        [("play", [MANY, RL, PPO]), ("the IDM as a labeller", [(f"accuracy, {x}", "") for x in LABELS])],
+        [
+            ("return", [MANY, RL, PPO, *ENDS]),
+            ("the IDM as a labeller", [(f"accuracy, {x}", "") for x in LABELS]),
+        ],
     ),
     "delay": (
         "steps until an action shows",
         [
             ("what tells a_t, 512 labels", [(f"accuracy from {x}", "") for x in SEEN]),
-            ("play", [MANY, ("cloning", 512), *MENDED]),
+            ("return", [MANY, ("cloning", 512), *MENDED, *ENDS]),
         ],
     ),
     "video": ("frames of video", [("play", [FEW, ("in proportion", 128)])]),
 }
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]  # Okabe and Ito
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#999999"]  # Okabe and Ito
 
 
 def numbers(answers, variant, title, measure, n):
@@ -482,7 +495,7 @@ def plot(question, games, path):
                 ax.set_xscale("log", base=2)
             if title == "play":
                 ax.axhline(1, color="#333333", ls=":", lw=1)
-                title = "return, as a share of the demonstrator's"
+                title = "return, as a share of the demonstrator's there"
             if measure == "labels":
                 ax.set_ylim(8, 4096)  # beyond: never, with these label counts
                 ax.set_yscale("log", base=2)
@@ -519,11 +532,12 @@ if __name__ == "__main__":
     for seed in args.seeds if args.question else ():
         for row, value in ask(args.question, args.env_id, seed):
             row, key = row | {"value": f"{value:.4g}"}, tuple(row.values())
-            rows = read(path) | {key: row}  # another question may have written meanwhile
-            with path.open("w", newline="") as f:
-                writer = csv.DictWriter(f, [*KEYS, "value"], lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows.values())
+            with FileLock(RUNS / ".lock"):
+                rows = read(path) | {key: row}  # another question may have written meanwhile
+                with path.open("w", newline="") as f:
+                    writer = csv.DictWriter(f, [*KEYS, "value"], lineterminator="\n")
+                    writer.writeheader()
+                    writer.writerows(rows.values())
     rows, tables = read(path), []
     for question in QUESTIONS:
         mine = [row for row in rows.values() if row["question"] == question]
