@@ -318,7 +318,7 @@ def tables(scores, offline, space, pretraining):
     yield "## Mean of the games, shares of the demonstrator's return above random play"
     rows = [[name[m], *(with_interval(scores.over_games(m, n)) for n in counts)] for m in offline]
     yield table(["labels", *labels.values()], rows)
-    yield "## Every game; in brackets the number of seeds"
+    yield "## Every game; in brackets the seeds of the last method"
     rows = [[labels[n], name[m], *shares(m, n)] for n in counts for m in offline]
     yield table(["labels", "", *head(offline[-1], counts[-1] if counts else "")], rows)
     yield "## Online, the same; the seeds are those of RL with the online decoder"
