@@ -55,8 +55,6 @@ PAPER_RETURNS = {  # of LAPO + decoder with 8,192 labels, of PPO from scratch at
     "heist": (9.7, 3.4), "jumper": (7.7, 6.8), "leaper": (2.6, 5.3), "maze": (9.4, 7.5),
     "miner": (9.0, 5.8), "ninja": (6.7, 5.2), "plunder": (4.5, 4.0), "starpilot": (53, 36),
 }  # fmt: skip
-
-
 MEANINGS = {  # columns of latent_space.csv
     "linear_probe": "linear probe", "mlp_probe": "MLP probe", "chance": "chance", "nmi": "NMI (slots)",
     "nmi_best_slot": "NMI (best)", "cluster_purity": "cluster purity",
@@ -357,18 +355,8 @@ def tables(scores, offline, space, pretraining):
         late = [first_worth(pretraining, g, run, row["seed"]) for row in seeds if of == 0]
         what = g, "no VQ" if run.endswith("no_vq") else "VQ", order[of].replace("_", " "), len(seeds)
         rows.append([*what, *means, "; ".join(late), used])
-    yield table(
-        [
-            "game",
-            "pretraining",
-            "latents",
-            "seeds",
-            *MEANINGS.values(),
-            "updates until it costs 20%",
-            "codes used",
-        ],
-        rows,
-    )
+    what = "game", "pretraining", "latents", "seeds", *MEANINGS.values()
+    yield table([*what, "updates until another latent costs 20%", "codes used"], rows)
 
 
 if __name__ == "__main__":
