@@ -61,7 +61,7 @@ LAKE = {  # what the small world has of its own, quickstart.sh's
     "--num-test-frames 512 --num-envs 32",
     "lapo_pretrain": "--num-updates 600 --batch-size 32 --learning-rate 1e-3 --warmup-updates 100 "
     "--idm-differences --no-vq --vq-num-codebooks 1 --vq-num-slots 1 --vq-dim 4 --patch-size 2 "
-    "--idm-scale 0.5 --fdm-width 8 --predict-change",
+    "--idm-scale 0.5 --fdm-width 8 --predict-change --no-bf16",
     "lapo_bc": "--num-updates 1200 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 "
     "--policy-scale 0.5",
     "lapo_decode": FLAGS["lapo_decode"].replace(" 2048", ""),
