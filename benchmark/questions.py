@@ -74,6 +74,7 @@ LAKE = {  # what the small world has of its own, quickstart.sh's
 RATES, DELAYS, FRAMES = (0, 0.1, 0.25, 0.5), (0, 1, 2, 4), (2048, 8192, 32768, 65536, 131072)
 SIZES = {  # codebooks x slots x codes: flags of pretraining; latents have 32 dimensions in all
     "1x1x8, 3 bits": "--vq-num-codebooks 1 --vq-num-slots 1 --vq-num-codes 8 --vq-dim 32",
+    "1x1x64, 6 bits": "--vq-num-codebooks 1 --vq-num-slots 1 --vq-dim 32",
     "1x2x16, 8 bits": "--vq-num-codebooks 1 --vq-num-slots 2 --vq-num-codes 16 --vq-dim 16",
     "2x4x64, 48 bits": "",  # the paper's
     "no VQ": "--no-vq",
@@ -153,11 +154,11 @@ def online(env_id, variant, seed, made, altered=(), stages=("lapo_finetune_ppo",
 
 
 def load(made):
-    """Frames, windows and labels of a variant's dataset; its IDM."""
+    """Frames and windows of a variant's dataset; its IDM and VQ."""
     env_id, path = made["pretrain"]["env_id"], made["pretrain"]["path"] / "checkpoint.pt"
     _, frames, windows = decode.load_dataset(SimpleNamespace(env_id=env_id, data_dir=made["data_dir"]))
     pretrained = torch.load(path, weights_only=True)
-    return frames, windows, inspect.build_networks(pretrained["args"], CPU, pretrained)[0]
+    return frames, windows, *inspect.build_networks(pretrained["args"], CPU, pretrained)[:2]
 
 
 def played(made):
@@ -175,15 +176,18 @@ def demonstrator(made):
 
 def learned(made):
     """How well a variant predicts, and what its latents tell: k-means against actions, meant and happened."""
-    frames, windows, idm = load(made)
+    frames, windows, idm, vq = load(made)
     t = np.random.default_rng(0).permutation(windows["test"])[:2048]
-    z = inspect.encode(idm, None, frames["test"], t, CPU)[0]
+    z, _, codes = inspect.encode(idm, vq, frames["test"], t, CPU)
     moved = (frames["test"][t] != frames["test"][t + 1]).any((1, 2, 3))
     meant = frames["test"].labels("actions")[t]
     happened = frames["test"].folders[0] / "happened.npy"
     labels = {"meant": meant, "shuffled": np.random.default_rng(0).permutation(meant)}
     labels["happened"] = np.load(happened)[t] if happened.exists() else meant
     last, found = made["pretrain"], {"not as meant": float((labels["happened"] != meant).mean())}
+    if vq:  # as if slots were independent of each other: at most this
+        slots = (np.unique(slot, return_counts=True)[1] for slot in codes.reshape(len(codes), -1).T)
+        found["bits in use"] = sum(stats.entropy(counts, base=2) for counts in slots)
     found["loss / copying"] = last["test/fdm_loss"] / last["test/copy_last_frame_loss"]
     for name, actions in labels.items():
         _, _, purity, nmi = cluster(z, len(np.unique(meant)) + (not moved.all()), actions, moved)
@@ -232,7 +236,7 @@ def transfer(env_id, seed):
         made = own | {"data_dir": collected(env_id, variant, altered=altered)}
         flags = "--data-dir", own["data_dir"], "--bc-checkpoint", own["bc"]["path"] / "checkpoint.pt"
         made["decode"] = run(env_id, variant, "lapo_decode", seed, *flags, altered=altered)
-        frames, windows, idm = load(made)
+        frames, windows, idm, _ = load(made)
 
         def few(split, n, frames=frames, windows=windows, idm=idm):
             t = np.random.default_rng(seed).permutation(windows[split])[:n]
@@ -262,7 +266,7 @@ def delay(env_id, seed):
 def late(made, k, seed):
     """Accuracies of decoders with 512 labels that see several latents, or pi's; returns with two of them."""
     cloned = torch.load(made["bc"]["path"] / "checkpoint.pt", weights_only=True)
-    frames, windows, idm = load(made)
+    frames, windows, idm, _ = load(made)
     policy, steps = new_policy(cloned), np.arange(-k, k + 1)
     policy.load_state_dict(cloned["policy"])
     z, pi, actions = {}, {}, {}
@@ -447,7 +451,13 @@ PANELS = {  # question: what x is, panels [(title, [(measure, n_labels)])]
     ),
     "bottleneck": (
         "codebooks x slots x codes",
-        [PREDICTION, LATENTS, ("play", [FEW, RL]), ("labels for 0.8 of the demonstrator", [("labels", "")])],
+        [
+            PREDICTION,
+            LATENTS,
+            ("bits", [("bits in use", "")]),
+            ("play", [FEW, RL]),
+            ("labels for 0.8 of the demonstrator", [("labels", "")]),
+        ],
     ),
     "transfer": (
         "",
