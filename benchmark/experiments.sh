@@ -63,6 +63,10 @@ esac
 case $EXPERIMENT in
 online | offline | all) ;;
 stochastic | bottleneck | transfer | delay | video)
+    if [ "$SCALE" = paper ]; then
+        echo "error: SCALE is paper, but $EXPERIMENT is asked at small only" >&2
+        exit 1
+    fi
     exec "$PYTHON" benchmark/questions.py "$EXPERIMENT" "$ENV_ID" "$@"
     ;;
 *)

@@ -28,6 +28,8 @@ import torch.nn.functional as F
 import tyro
 from filelock import FileLock
 from scipy import stats
+from sklearn.isotonic import IsotonicRegression
+from sklearn.metrics import mutual_info_score
 from tqdm import tqdm
 
 matplotlib.use("Agg")
@@ -49,7 +51,7 @@ FLAGS = {  # of the stages: experiments.sh's, half as much cloning and online pl
     "lapo_pretrain": "--num-updates 2000 --batch-size 32 --learning-rate 5e-4 --warmup-updates 500 "
     "--patch-size 2 --idm-scale 1 --fdm-width 16 --vq-dim 4 --predict-change",
     "lapo_bc": "--num-updates 2500 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 --policy-scale 1",
-    "lapo_decode": "--num-labels 16 64 128 512 2048 --num-draws 4 --eval-episodes 120 --temperature 0.5 "
+    "lapo_decode": "--num-labels 16 64 128 512 --num-draws 4 --eval-episodes 120 --temperature 0.5 "
     "--decoder-updates 200 --cloning-updates 500 --cloning-learning-rate 3e-3 --policy-batch-size 64",
     "lapo_finetune_ppo": "--total-timesteps 81920 --action-head-warmup 7000 10000 "
     "--value-head-warmup 5000 10000 --linear-warmup 10000 40000",
@@ -61,10 +63,9 @@ LAKE = {  # what the small world has of its own, quickstart.sh's
     "--num-test-frames 512 --num-envs 32",
     "lapo_pretrain": "--num-updates 600 --batch-size 32 --learning-rate 1e-3 --warmup-updates 100 "
     "--idm-differences --no-vq --vq-num-codebooks 1 --vq-num-slots 1 --vq-dim 4 --patch-size 2 "
-    "--idm-scale 0.5 --fdm-width 8 --predict-change --no-bf16",
+    "--idm-scale 0.5 --fdm-width 8 --predict-change",
     "lapo_bc": "--num-updates 1200 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 "
     "--policy-scale 0.5",
-    "lapo_decode": FLAGS["lapo_decode"].replace(" 2048", ""),
     "lapo_finetune_ppo": "--total-timesteps 20480 --num-envs 16 --action-head-warmup 1750 2500 "
     "--value-head-warmup 1250 2500 --linear-warmup 2500 10000 --decoder-frames 2500 400000",
     "ppo_procgen": FLAGS["ppo_procgen"]
@@ -72,12 +73,12 @@ LAKE = {  # what the small world has of its own, quickstart.sh's
     .replace("--scale 1", "--scale 0.5"),
 }
 RATES, DELAYS, FRAMES = (0, 0.1, 0.25, 0.5), (0, 1, 2, 4), (2048, 8192, 32768, 65536, 131072)
-SIZES = {  # codebooks x slots x codes: flags of pretraining; latents have 32 dimensions in all
-    "1x1x8, 3 bits": "--vq-num-codebooks 1 --vq-num-slots 1 --vq-num-codes 8 --vq-dim 32",
-    "1x1x64, 6 bits": "--vq-num-codebooks 1 --vq-num-slots 1 --vq-dim 32",
-    "1x2x16, 8 bits": "--vq-num-codebooks 1 --vq-num-slots 2 --vq-num-codes 16 --vq-dim 16",
-    "2x4x64, 48 bits": "",  # the paper's
-    "no VQ": "--no-vq",
+SIZES = {  # codebooks x slots x codes, 2x4x64 the paper's: flags; latents have 32 dimensions in all
+    "1x1x8, 3 bits": "--vq --vq-num-codebooks 1 --vq-num-slots 1 --vq-num-codes 8 --vq-dim 32",
+    "1x1x64, 6 bits": "--vq --vq-num-codebooks 1 --vq-num-slots 1 --vq-num-codes 64 --vq-dim 32",
+    "1x2x16, 8 bits": "--vq --vq-num-codebooks 1 --vq-num-slots 2 --vq-num-codes 16 --vq-dim 16",
+    "2x4x64, 48 bits": "--vq --vq-num-codebooks 2 --vq-num-slots 4 --vq-num-codes 64 --vq-dim 4",
+    "no VQ": "--no-vq --vq-num-codebooks 2 --vq-num-slots 4 --vq-dim 4",
 }
 WORLDS = {
     "its own": {},
@@ -87,13 +88,15 @@ WORLDS = {
     "other themes, harder levels": {"distribution_mode": "hard"},
 }
 CPU = torch.device("cpu")
+# What Procgen's actions do on coinrun: down and the buttons change 2% of next frames at most, up 20%
+EFFECT = torch.tensor([1, 1, 2, 4, 4, 5, 7, 7, 8, 4, 4, 4, 4, 4, 4])
 
 
 @dataclass
 class Args:
     question: tyro.conf.Positional[str] = ""  # see above; none: draw what there is
-    env_id: tyro.conf.Positional[str] = "coinrun"  # coinrun; stochastic: FrozenLake-v1, too
-    seeds: tyro.conf.Positional[tuple[int, ...]] = (1, 2, 3)  # the videos are seed 1's
+    env_id: tyro.conf.Positional[str] = "coinrun"  # coinrun; stochastic, bottleneck: FrozenLake-v1, too
+    seeds: tyro.conf.Positional[tuple[int, ...]] = (1, 2, 3)  # the videos are seed 1's, but in `video`
 
 
 # Runs
@@ -108,6 +111,8 @@ def run(env_id, variant, stage, seed, *flags, altered=()):
     path = folder(env_id, variant) / f"{env_id}__{stage}__{seed}" / "results.json"
     own = (LAKE if env_id == "FrozenLake-v1" else {}).get(stage, FLAGS[stage])
     command = [f"{stage}.py", "--env-id", env_id, "--seed", seed, "--runs-dir", path.parent.parent]
+    if stage not in ("collect_expert_data", "lapo_decode"):  # these are in float32 anyway
+        command.append("--no-bf16")  # or each machine would take what is faster there
     command = [*map(str, command), *own.split(), *map(str, flags)]
     path.parent.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent.parent / ".lock"):  # another question may need the same run
@@ -122,20 +127,25 @@ def run(env_id, variant, stage, seed, *flags, altered=()):
     return results | {"path": path.parent}
 
 
-def lapo(env_id, variant, seed, pretrain="", bc="", collect="", decode="", videos=None, altered=()):
-    """A variant's first four stages: {stage: results}. It has videos of its own, or another variant's."""
-    made = {"data_dir": collected(env_id, videos or variant, collect, altered)}
-    data = "--data-dir", made["data_dir"]
+def lapo(env_id, variant, seed, data_dir, pretrain="", bc="", decode="", labels=None, altered=()):
+    """A variant's stages on videos, decoded with labels of these or others: {stage: results}."""
+    made, data = {"data_dir": data_dir}, ("--data-dir", data_dir)
     made["pretrain"] = run(env_id, variant, "lapo_pretrain", seed, *data, *pretrain.split())
     made["bc"] = run(env_id, variant, "lapo_bc", seed, *data, *bc.split())
-    flags = *data, "--bc-checkpoint", made["bc"]["path"] / "checkpoint.pt", *decode.split()
-    return made | {"decode": run(env_id, variant, "lapo_decode", seed, *flags, altered=altered)}
+    return made | {"decode": decoded(env_id, variant, seed, made, labels or data_dir, decode, altered)}
 
 
-def collected(env_id, variant, flags="", altered=()):
-    """The dataset of a variant, the demonstrator's play in its games; one for all seeds."""
-    data_dir = folder(env_id, variant) / "data"
-    run(env_id, variant, "collect_expert_data", 1, "--data-dir", data_dir, *flags.split(), altered=altered)
+def decoded(env_id, variant, seed, made, data_dir, flags="", altered=()):
+    """results.json of lapo_decode.py in a variant's games, with its labels, for a latent policy."""
+    flags = "--data-dir", data_dir, "--bc-checkpoint", made["bc"]["path"] / "checkpoint.pt", *flags.split()
+    return run(env_id, variant, "lapo_decode", seed, *flags, altered=altered)
+
+
+def collected(env_id, variant, flags="", altered=(), seed=1):
+    """The dataset of a variant: the demonstrator's play in its games."""
+    data_dir = folder(env_id, variant) / f"data-{seed}"
+    flags = "--data-dir", data_dir, *flags.split()
+    run(env_id, variant, "collect_expert_data", seed, *flags, altered=altered)
     if altered and not (data_dir / "test" / "happened.npy").exists():
         sys.exit(f"error: {data_dir} lacks happened.npy, as it was interrupted: delete {data_dir.parent}")
     return data_dir
@@ -154,11 +164,30 @@ def online(env_id, variant, seed, made, altered=(), stages=("lapo_finetune_ppo",
 
 
 def load(made):
-    """Frames and windows of a variant's dataset; its IDM and VQ."""
+    """Frames and windows of a variant's dataset; its IDM, the same untrained, its VQ."""
     env_id, path = made["pretrain"]["env_id"], made["pretrain"]["path"] / "checkpoint.pt"
     _, frames, windows = decode.load_dataset(SimpleNamespace(env_id=env_id, data_dir=made["data_dir"]))
     pretrained = torch.load(path, weights_only=True)
-    return frames, windows, *inspect.build_networks(pretrained["args"], CPU, pretrained)[:2]
+    idm, vq, _ = inspect.build_networks(pretrained["args"], CPU, pretrained)
+    return frames, windows, idm, inspect.build_networks(pretrained["args"], CPU)[0], vq
+
+
+def some(windows, seed, train, test):
+    """So many windows of each split: {split: (n,)}."""
+    sizes, rng = {"train": train, "test": test}, np.random.default_rng(seed)
+    return {split: rng.permutation(windows[split])[:n] for split, n in sizes.items()}
+
+
+def latents(idm, frames, t):
+    """z_t at t {split: (n,)}: {split: (n, latent_dim)}."""
+    return {
+        split: torch.from_numpy(inspect.encode(idm, None, frames[split], t[split], CPU)[0]) for split in t
+    }
+
+
+def labels(frames, t):
+    """The actions that were meant at t {split: (n,)}."""
+    return {split: torch.from_numpy(frames[split].labels("actions")[t[split]]).long() for split in t}
 
 
 def played(made):
@@ -175,119 +204,135 @@ def demonstrator(made):
 
 
 def learned(made):
-    """How well a variant predicts, and what its latents tell: k-means against actions, meant and happened."""
-    frames, windows, idm, vq = load(made)
-    t = np.random.default_rng(0).permutation(windows["test"])[:2048]
-    z, _, codes = inspect.encode(idm, vq, frames["test"], t, CPU)
-    moved = (frames["test"][t] != frames["test"][t + 1]).any((1, 2, 3))
-    meant = frames["test"].labels("actions")[t]
-    happened = frames["test"].folders[0] / "happened.npy"
-    labels = {"meant": meant, "shuffled": np.random.default_rng(0).permutation(meant)}
-    labels["happened"] = np.load(happened)[t] if happened.exists() else meant
-    last, found = made["pretrain"], {"not as meant": float((labels["happened"] != meant).mean())}
-    if vq:  # as if slots were independent of each other: at most this
-        slots = (np.unique(slot, return_counts=True)[1] for slot in codes.reshape(len(codes), -1).T)
-        found["bits in use"] = sum(stats.entropy(counts, base=2) for counts in slots)
-    found["loss / copying"] = last["test/fdm_loss"] / last["test/copy_last_frame_loss"]
-    for name, actions in labels.items():
-        _, _, purity, nmi = cluster(z, len(np.unique(meant)) + (not moved.all()), actions, moved)
-        found |= {f"purity, {name}": float(purity), f"NMI, {name}": float(nmi)}
+    """How well a variant predicts; what its latents tell of what was meant and carried out: bits, purity."""
+    frames, windows, idm, untrained, vq = load(made)
+    t, last = some(windows, 0, 2048, 2048), made["pretrain"]
+    effect = EFFECT if last["env_id"] == "coinrun" else torch.arange(15)
+    meant = done = {split: effect[actions] for split, actions in labels(frames, t).items()}
+    paths = {split: frames[split].folders[0] / "happened.npy" for split in t}
+    if paths["test"].exists():
+        done = {split: effect[torch.from_numpy(np.load(paths[split])[t[split]]).long()] for split in t}
+    z = latents(idm, frames, t)
+    found = {"loss": last["test/fdm_loss"], "loss of copying": last["test/copy_last_frame_loss"]}
+    found["not as meant"] = (done["test"] != meant["test"]).float().mean().item()
+    found |= {"bits, meant": bits(z, meant), "bits, carried out": bits(z, done)}
+    found["bits, carried out, untrained IDM"] = bits(latents(untrained, frames, t), done)
+    found["bits of meant in carried out"] = mutual_info_score(meant["test"], done["test"]) / np.log(2)
+    if vq:  # in use: as if slots were independent of each other, so at most this
+        slots = vq(z["test"])[2].flatten(1).T.numpy()
+        found["bits in use"] = sum(stats.entropy(np.bincount(slot), base=2) for slot in slots)
+        found["bits, carried out, quantised"] = bits({split: vq(z[split])[0] for split in t}, done)
+    moved = (frames["test"][t["test"]] != frames["test"][t["test"] + 1]).any((1, 2, 3))
+    actions = meant["test"].numpy()
+    for name, of in {"meant": actions, "shuffled": np.random.default_rng(0).permutation(actions)}.items():
+        found[f"purity, {name}"] = float(cluster(z["test"], len(np.unique(actions)), of, moved)[2])
     return found
 
 
-def fit_decoder(x, actions):
+def bits(x, classes):
+    """What inputs {split: (n, D)} tell of classes {split: (n,)}, at least: entropy - a decoder's loss."""
+    torch.manual_seed(0)
+    decoder = fit_decoder(x["train"], classes["train"], label_smoothing=0.0)
+    with torch.no_grad():
+        loss = F.cross_entropy(decoder(x["test"]), classes["test"]).item()
+    return stats.entropy(classes["test"].bincount(), base=2) - loss / np.log(2)
+
+
+def fit_decoder(x, actions, label_smoothing=0.05):
     """LAPO's decoder, of inputs (n, D) and actions (n,), as lapo_decode.py fits it."""
     decoder = decode.Decoder(x.shape[1], (192, 128, 64))
     decoder.mean.copy_(x.mean(0))
     decoder.std.copy_(x.std(0) + 1e-6)
-    args = SimpleNamespace(weight_decay=1e-2, label_smoothing=0.05)
+    args = SimpleNamespace(weight_decay=1e-2, label_smoothing=label_smoothing)
     return decode.fit(decoder, x.__getitem__, actions, 200, 1e-3, 512, args, nullcontext())
 
 
 @torch.no_grad()
 def accuracy(decoder, x, actions):
-    return (decoder(x).argmax(1) == actions).float().mean().item()
+    """How often what a decoder holds most probable has the effect of the actions, on test windows."""
+    effects = torch.zeros(len(x["test"]), 15).index_add(1, EFFECT, decoder(x["test"]).softmax(1))
+    return (effects.argmax(1) == EFFECT[actions["test"]]).float().mean().item()
+
+
+def commonest(actions):
+    """The share of the commonest effect on test windows."""
+    return EFFECT[actions["test"]].bincount().max().item() / len(actions["test"])
 
 
 def stochastic(env_id, seed):
     kind = "--random" if env_id == "FrozenLake-v1" else "--sticky"
     for rate in RATES:
         variant, altered = ("as it is", ()) if rate == 0 else (f"{kind[2:]} {rate}", (kind, str(rate)))
-        made = lapo(env_id, variant, seed, altered=altered)
+        made = lapo(env_id, variant, seed, collected(env_id, variant, altered=altered), altered=altered)
         yield rate, learned(made) | played(made) | online(env_id, variant, seed, made, altered)
 
 
 def bottleneck(env_id, seed):
+    data = collected(env_id, "as it is")
     for size, flags in SIZES.items():
-        variant = size if flags else "as it is"
-        again = "" if variant == "as it is" else "--no-cloning"  # it would be the same
-        made = lapo(env_id, variant, seed, flags, decode=again, videos="as it is")
-        rl = online(env_id, variant, seed, made, stages=["lapo_finetune_ppo"])
+        made = lapo(env_id, size, seed, data, flags, decode="--no-cloning")
+        rl = online(env_id, size, seed, made, stages=["lapo_finetune_ppo"])
         yield size, learned(made) | played(made) | rl
 
 
 def transfer(env_id, seed):
     """A latent policy in other worlds: decoded there with labels of its own world, and fine-tuned there."""
-    own = lapo(env_id, "as it is", seed)
+    own = lapo(env_id, "as it is", seed, collected(env_id, "as it is"))
     torch.manual_seed(seed)
     labeller = None
     for world, options in WORLDS.items():
-        variant, altered = ("as it is", ()) if not options else (world, ("--options", json.dumps(options)))
-        made = own | {"data_dir": collected(env_id, variant, altered=altered)}
-        flags = "--data-dir", own["data_dir"], "--bc-checkpoint", own["bc"]["path"] / "checkpoint.pt"
-        made["decode"] = run(env_id, variant, "lapo_decode", seed, *flags, altered=altered)
-        frames, windows, idm, _ = load(made)
-
-        def few(split, n, frames=frames, windows=windows, idm=idm):
-            t = np.random.default_rng(seed).permutation(windows[split])[:n]
-            z = torch.from_numpy(inspect.encode(idm, None, frames[split], t, CPU)[0])
-            return z, torch.from_numpy(frames[split].labels("actions")[t]).long()
-
-        of_this = fit_decoder(*few("train", 2048))
-        labeller, test = labeller or of_this, few("test", 4096)  # the first world is its own
-        found = {"accuracy, its own world's labels": accuracy(labeller, *test)}
-        found["accuracy, this world's labels"] = accuracy(of_this, *test)
-        found["accuracy, commonest action"] = commonest(test[1])
+        made, variant, altered = own, "as it is", ()
+        if options:
+            variant, altered = world, ("--options", json.dumps(options))
+            made = own | {"data_dir": collected(env_id, world, altered=altered)}
+            few = own["data_dir"], "--no-cloning --num-labels 512"
+            made["decode"] = decoded(env_id, world, seed, own, *few, altered)
+        frames, windows, idm, untrained, _ = load(made)
+        t = some(windows, seed, 2048, 4096)
+        z, actions, guess = latents(idm, frames, t), labels(frames, t), latents(untrained, frames, t)
+        of_this = fit_decoder(z["train"], actions["train"])
+        labeller = labeller or of_this  # the first world is its own
+        found = {"accuracy, its own world's labels": accuracy(labeller, z, actions)}
+        found["accuracy, this world's labels"] = accuracy(of_this, z, actions)
+        of_this = fit_decoder(guess["train"], actions["train"])
+        found["accuracy, this world's labels, untrained IDM"] = accuracy(of_this, guess, actions)
+        found["accuracy, commonest action"] = commonest(actions)
         yield world, found | played(made) | online(env_id, variant, seed, made, altered)
-
-
-def commonest(actions):
-    return actions.bincount().max().item() / len(actions)
 
 
 def delay(env_id, seed):
     """An action that shows k steps late: what latents tell of it, what that costs, what mends it."""
     for k in DELAYS:
-        altered = ("--delay", str(k)) if k else ()
-        made = lapo(env_id, f"delay {k}" if k else "as it is", seed, altered=altered)
+        variant, altered, few = "as it is", (), ""
+        if k:
+            variant, altered, few = f"delay {k}", ("--delay", str(k)), "--num-labels 512"
+        data = collected(env_id, variant, altered=altered)
+        made = lapo(env_id, variant, seed, data, decode=few, altered=altered)
         yield k, played(made) | late(made, k, seed)
 
 
 def late(made, k, seed):
     """Accuracies of decoders with 512 labels that see several latents, or pi's; returns with two of them."""
     cloned = torch.load(made["bc"]["path"] / "checkpoint.pt", weights_only=True)
-    frames, windows, idm, _ = load(made)
+    frames, windows, idm, _, _ = load(made)
     policy, steps = new_policy(cloned), np.arange(-k, k + 1)
     policy.load_state_dict(cloned["policy"])
-    z, pi, actions = {}, {}, {}
-    for split, n in (("train", 512), ("test", 2048)):
-        t = windows[split][np.isin(windows[split][:, None] + steps, windows[split]).all(1)]  # in one episode
-        t = np.random.default_rng(seed).permutation(t)[:n]
-        near = (t[:, None] + steps).ravel()
-        z[split] = torch.from_numpy(inspect.encode(idm, None, frames[split], near, CPU)[0])
-        pi[split] = latents(policy, frames[split], near)
-        actions[split] = torch.from_numpy(frames[split].labels("actions")[t]).long()
-    found, decoders, now = {"accuracy, commonest action": commonest(actions["test"])}, {}, slice(k, k + 1)
+    inside = {split: t[np.isin(t[:, None] + steps, t).all(1)] for split, t in windows.items()}  # one episode
+    t = some(inside, seed, 512, 2048)
+    near, actions = {split: (t[split][:, None] + steps).ravel() for split in t}, labels(frames, t)
+    z, pi = latents(idm, frames, near), {split: act(policy, frames[split], near[split]) for split in t}
+    found, decoders, now = {"accuracy, commonest action": commonest(actions)}, {}, slice(k, k + 1)
     inputs = {"z_t": (z, now), "z_t+k": (z, slice(2 * k, None)), "z_t to z_t+k": (z, slice(k, None))}
     inputs |= {"pi(o_t)": (pi, now), "pi(o_t-k) to pi(o_t)": (pi, slice(k + 1))}
     for name, (of, which) in inputs.items():
-        x = {split: of[split].view(len(actions[split]), 2 * k + 1, -1)[:, which].flatten(1) for split in of}
+        x = {split: of[split].view(len(t[split]), 2 * k + 1, -1)[:, which].flatten(1) for split in t}
         torch.manual_seed(seed)
         decoders[name] = fit_decoder(x["train"], actions["train"])
-        found[f"accuracy from {name}"] = accuracy(decoders[name], x["test"], actions["test"])
+        found[f"accuracy from {name}"] = accuracy(decoders[name], x, actions)
+    found["decoder of pi(o_t)", 512] = play(made, k, seed, lambda obs, _: decoders["pi(o_t)"](policy(obs)))
     if k:
         recalled = recall(policy, decoders["pi(o_t-k) to pi(o_t)"], k)
-        found["pi at several steps", 512] = play(made, k, seed, recalled)
+        found["decoder of pi at several steps", 512] = play(made, k, seed, recalled)
         ahead = clone_ahead(cloned, made, frames, windows, k, seed)
         found["pi of later latents", 512] = play(made, k, seed, lambda obs, _: decoders["z_t+k"](ahead(obs)))
     return found
@@ -300,7 +345,7 @@ def new_policy(cloned):
 
 
 @torch.no_grad()
-def latents(policy, frames, t):
+def act(policy, frames, t):
     """pi(o_t) of times t (n,): (n, latent_dim)."""
     pieces = np.split(t, range(512, len(t), 512))
     return torch.cat([policy(torch.from_numpy(frames[piece])) for piece in pieces])
@@ -338,30 +383,30 @@ def clone_ahead(cloned, made, frames, windows, k, seed):
 
 
 def play(made, k, seed, policy):
-    """The mean return of 120 episodes in games with delay k."""
+    """The mean return of 480 episodes, as many as lapo_decode.py's draws have, in games with delay k."""
     data = json.loads((made["data_dir"] / "meta.json").read_text())
     env = decode.make_env(data["env_id"], 60, data["num_levels"], data["start_level"], seed)
     run, rng = SimpleNamespace(leave_if_stopped=lambda: None), torch.Generator().manual_seed(seed)
-    return float(decode.evaluate(lambda *x: policy(*x) / 0.5, Altered(env, delay=k), 120, rng, run).mean())
+    return float(decode.evaluate(lambda *x: policy(*x) / 0.5, Altered(env, delay=k), 480, rng, run).mean())
 
 
 def video(env_id, seed):
-    """More frames, of more games, with the same updates, and with updates in proportion."""
+    """More frames, of more games, with the same updates, and with updates in proportion; the same labels."""
+    own = collected(env_id, "as it is")
     for frames in FRAMES:
         videos, part = f"{frames} frames", frames / 65536
         if part == 1:  # the only one whose cloning, random play and demonstrator are taken
-            found = played(lapo(env_id, "as it is", seed))
+            found = played(lapo(env_id, "as it is", seed, own))
             yield frames, found | {("in proportion", 128): found[FEW]}
             continue
         games = frames // 1024  # as long as the others: in few steps they would all be at their beginnings
-        how = {
-            "collect": f"--num-train-frames {frames} --num-envs {games}",
-            "decode": "--no-cloning --num-labels 128",
-        }
-        found = played(lapo(env_id, videos, seed, **how))
+        flags = f"--num-train-frames {frames} --num-envs {games}"
+        data = collected(env_id, videos, flags, seed=seed)
+        how = {"decode": "--no-cloning --num-labels 128", "labels": own}
+        found = played(lapo(env_id, videos, seed, data, **how))
         warmups = [f"--warmup-updates {updates * min(1, part):.0f}" for updates in (500, 50)]
         longer = [f"--num-updates {updates * part:.0f} {w}" for updates, w in zip((2000, 2500), warmups)]
-        also = played(lapo(env_id, f"{videos}, in proportion", seed, *longer, **how, videos=videos))
+        also = played(lapo(env_id, f"{videos}, in proportion", seed, data, *longer, **how))
         yield frames, {FEW: found[FEW], ("in proportion", 128): also[FEW]}
 
 
@@ -404,18 +449,19 @@ class Answers:
         low, high = (self.of(games, end).mean() for end in ("random", "demonstrator"))
         return (self.of(variant, measure, n) - low) / (high - low)
 
-    def labels_for(self, variant, share=0.8):
-        """Labels that a seed's decoder needs for this share, between label counts by their logarithm."""
+    def labels_for(self, variant, share):
+        """Labels that a seed's decoder needs for a share, by a line that never falls; TOO_FEW if all are."""
         counts = sorted(int(n) for v, m, n in self.found if (v, m) == (str(variant), "LAPO + decoder"))
         curves = np.transpose([self.shares(variant, "LAPO + decoder", n) for n in counts])  # (seeds, counts)
+        curves = [IsotonicRegression().fit_transform(counts, curve) for curve in curves]
         return np.array([first_above(np.log2(counts), curve, share) for curve in curves])
 
 
 def first_above(x, y, level):
-    """2 to the x where the line through x, y (n,) first reaches the level; inf if it never does."""
+    """2 to the x where the line through x, y (n,) first reaches the level; TOO_FEW if it never does."""
     above = np.flatnonzero(y >= level)
     if not len(above):
-        return np.inf
+        return TOO_FEW
     i = above[0]
     return 2 ** (x[i] if i == 0 else np.interp(level, y[i - 1 : i + 1], x[i - 1 : i + 1]))
 
@@ -436,34 +482,39 @@ def draw(ax, x, values, color, label, marker="o"):
         ax.scatter([at] * len(of_seeds), of_seeds, s=10, color=color, alpha=0.6, zorder=3)
 
 
-PREDICTION = "prediction", [("loss / copying", "")]
-LATENTS = "latents against actions: NMI", [(f"NMI, {name}", "") for name in ("meant", "happened", "shuffled")]
+TOO_FEW = 1024  # stands for more labels than 512
+PREDICTION = "prediction, squared error", [("loss", ""), ("loss of copying", "")]
+TOLD = "bits, meant", "bits of meant in carried out", "bits, carried out", "bits, carried out, untrained IDM"
 RL, PPO = ("RL + SL", ""), ("PPO from scratch", "")
 FEW, MANY = ("LAPO + decoder", 128), ("LAPO + decoder", 512)
 ENDS = ("demonstrator", ""), ("random", "")  # whose returns fall with the others'
-MENDED = [("pi at several steps", 512), ("pi of later latents", 512)]
-LABELS = ("its own world's labels", "this world's labels", "commonest action")
+MENDED = [(f"decoder of pi{x}", 512) for x in ("(o_t)", " at several steps")] + [("pi of later latents", 512)]
+LABELS = ("its own world's labels", "this world's labels", "this world's labels, untrained IDM")
 SEEN = ("z_t", "z_t+k", "z_t to z_t+k", "pi(o_t)", "pi(o_t-k) to pi(o_t)")
 PANELS = {  # question: what x is, panels [(title, [(measure, n_labels)])]
     "stochastic": (
         "how often a random action (FrozenLake) or the last one (coinrun) is carried out",
-        [PREDICTION, LATENTS, ("play", [FEW, ("cloning", 128), RL, PPO])],
+        [
+            PREDICTION,
+            ("latents tell of actions, bits", [(x, "") for x in TOLD]),
+            ("play", [FEW, ("cloning", 128), RL, PPO]),
+        ],
     ),
     "bottleneck": (
         "codebooks x slots x codes",
         [
             PREDICTION,
-            LATENTS,
-            ("bits", [("bits in use", "")]),
+            ("bits", [("bits in use", ""), ("bits, carried out", ""), ("bits, carried out, quantised", "")]),
+            ("k-means and actions", [("purity, meant", ""), ("purity, shuffled", "")]),
             ("play", [FEW, RL]),
-            ("labels for 0.8 of the demonstrator", [("labels", "")]),
+            (f"labels for a share ({TOO_FEW:,}: never)", [("labels for 0.5", ""), ("labels for 0.8", "")]),
         ],
     ),
     "transfer": (
         "",
         [
             ("return", [MANY, RL, PPO, *ENDS]),
-            ("the IDM as a labeller", [(f"accuracy, {x}", "") for x in LABELS]),
+            ("the IDM as a labeller", [(f"accuracy, {x}", "") for x in (*LABELS, "commonest action")]),
         ],
     ),
     "delay": (
@@ -480,8 +531,8 @@ COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#999999"]  # O
 
 def numbers(answers, variant, title, measure, n):
     """What a panel shows of a variant: (seeds,)."""
-    if measure == "labels":
-        return answers.labels_for(variant)
+    if measure.startswith("labels for"):
+        return answers.labels_for(variant, float(measure.split()[-1]))
     return (answers.shares if title == "play" else answers.of)(variant, measure, n)
 
 
@@ -507,8 +558,7 @@ def plot(question, games, path):
             if title == "play":
                 ax.axhline(1, color="#333333", ls=":", lw=1)
                 title = "return, as a share of the demonstrator's there"
-            if measure == "labels":
-                ax.set_ylim(8, 4096)  # beyond: never, with these label counts
+            if measure.startswith("labels for"):
                 ax.set_yscale("log", base=2)
             ax.set(title=f"{env_id}: {title}", xlabel=label)
             if not numeric:
@@ -519,20 +569,25 @@ def plot(question, games, path):
 
 
 def slope(x, values):
-    """What doubling x adds, with its 95% interval, of values [(seeds,)] at x."""
-    points = [(np.log2(at), value) for at, of_seeds in zip(x, values) for value in of_seeds]
-    line = stats.linregress(*zip(*points))
-    half = stats.t.ppf(0.975, len(points) - 2) * line.stderr
-    return f" ({line.slope:+.3f} ± {half:.3f} a doubling)"
+    """What doubling x adds to values [(seeds,)] at x, as text: a line a seed, the mean of their slopes."""
+    slopes = [stats.linregress(np.log2(x), of_seed).slope for of_seed in zip(*values)]
+    return f" ({interval(np.array(slopes))} a doubling)"
 
 
 def table(question, env_id, answers):
-    """Means with 95% intervals as Markdown: a row a measure, a column a variant."""
+    """Means with 95% intervals as Markdown: a row a measure, a column a variant; shares as drawn."""
     lines = [f"\n## {question}, {env_id}\n", "| | " + " | ".join(answers.variants) + " |"]
     lines.append("|---" * (1 + len(answers.variants)) + "|")
-    for measure, n in dict.fromkeys((measure, n) for _, measure, n in answers.found):
-        cells = [interval(answers.of(v, measure, n)) for v in answers.variants]
-        lines.append(f"| {measure}{f', {n} labels' if n else ''} | " + " | ".join(cells) + " |")
+    rows = [(measure, "", measure, n) for measure, n in dict.fromkeys((m, n) for _, m, n in answers.found)]
+    for title, drawn in PANELS[question][1]:
+        if title == "play" or title.startswith("labels"):
+            rows += [(f"{title}: {measure}", title, measure, n) for measure, n in drawn]
+    for name, title, measure, n in rows:
+        values = [numbers(answers, v, title, measure, n) for v in answers.variants]
+        name += f", {n} labels" * bool(n)
+        if question == "video" and title:
+            name += slope(list(map(float, answers.variants)), values)
+        lines.append(f"| {name} | " + " | ".join(map(interval, values)) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -540,6 +595,11 @@ if __name__ == "__main__":
     args, path = tyro.cli(Args, description=__doc__), RESULTS / "questions.csv"
     if args.question and args.question not in QUESTIONS:
         sys.exit(f"error: {args.question} is none of {', '.join(QUESTIONS)}")
+    small = ["FrozenLake-v1"] * (args.question in ("stochastic", "bottleneck"))
+    if args.env_id not in ("coinrun", *small):
+        sys.exit(
+            f"error: ENV_ID is {args.env_id}, {args.question} is asked in {' and '.join(['coinrun', *small])}"
+        )
     for seed in args.seeds if args.question else ():
         for row, value in ask(args.question, args.env_id, seed):
             row, key = row | {"value": f"{value:.4g}"}, tuple(row.values())

@@ -88,10 +88,23 @@ def test_arithmetic():
     rows = [{"variant": "a", "seed": "1", "measure": m, "n_labels": str(n), "value": v} for m, n, v in rows]
     answers = questions.Answers(rows)
     assert answers.shares("a", lapo, 16) == [0.5]
-    assert answers.labels_for("a", 0.7) == [32] and answers.labels_for("a", 0.95) == [np.inf]
-    doubled = questions.slope([2, 4, 8], [np.array([v]) for v in (0.1, 0.2, 0.3)])
-    assert doubled == " (+0.100 ± 0.000 a doubling)"
+    assert answers.labels_for("a", 0.7) == [32] and answers.labels_for("a", 0.95) == [questions.TOO_FEW]
+    doubled = questions.slope([2, 4, 8], [np.array(seeds) for seeds in ([0, 5], [1, 7], [2, 9])])
+    assert doubled == " (1.5 ± 6.4 a doubling)"  # 1 and 2: 12.7 x 0.5
     assert questions.interval(np.array([1.0, 2.0, 3.0])) == "2 ± 2.5"  # 4.30 x 1 / sqrt(3)
+
+
+def test_what_latents_tell():
+    """Bits are those of the classes, or none; accuracy counts what an action does, not its name."""
+    torch.manual_seed(0)
+    classes = {split: torch.arange(2048) % 4 for split in ("train", "test")}
+    told = {split: torch.eye(15)[of] for split, of in classes.items()}
+    noise = {split: torch.randn(2048, 15) for split in classes}
+    assert questions.bits(told, classes) == pytest.approx(2, abs=0.05)
+    assert questions.bits(noise, classes) < 0.05
+    actions = {"test": torch.tensor([7, 8, 9, 1])}
+    logits = {"test": 9 * torch.eye(15)[[6, 7, 14, 0]]}  # right, too, but one that jumps
+    assert questions.accuracy(lambda x: x, logits, actions) == 0.75
 
 
 def test_recall():
