@@ -490,6 +490,7 @@ FEW, MANY = ("LAPO + decoder", 128), ("LAPO + decoder", 512)
 ENDS = ("demonstrator", ""), ("random", "")  # whose returns fall with the others'
 MENDED = [(f"decoder of pi{x}", 512) for x in ("(o_t)", " at several steps")] + [("pi of later latents", 512)]
 LABELS = ("its own world's labels", "this world's labels", "this world's labels, untrained IDM")
+COMMONEST = ("accuracy, commonest action", "")
 SEEN = ("z_t", "z_t+k", "z_t to z_t+k", "pi(o_t)", "pi(o_t-k) to pi(o_t)")
 PANELS = {  # question: what x is, panels [(title, [(measure, n_labels)])]
     "stochastic": (
@@ -514,19 +515,19 @@ PANELS = {  # question: what x is, panels [(title, [(measure, n_labels)])]
         "",
         [
             ("return", [MANY, RL, PPO, *ENDS]),
-            ("the IDM as a labeller", [(f"accuracy, {x}", "") for x in (*LABELS, "commonest action")]),
+            ("the IDM as a labeller", [*((f"accuracy, {x}", "") for x in LABELS), COMMONEST]),
         ],
     ),
     "delay": (
         "steps until an action shows",
         [
-            ("what tells a_t, 512 labels", [(f"accuracy from {x}", "") for x in SEEN]),
+            ("what tells a_t, 512 labels", [*((f"accuracy from {x}", "") for x in SEEN), COMMONEST]),
             ("return", [MANY, ("cloning", 512), *MENDED, *ENDS]),
         ],
     ),
     "video": ("frames of video", [("play", [FEW, ("in proportion", 128)])]),
 }
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#999999"]  # Okabe and Ito
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#999999", "#56B4E9"]  # Okabe and Ito
 
 
 def numbers(answers, variant, title, measure, n):
@@ -542,8 +543,7 @@ def plot(question, games, path):
     size = 5 * len(panels), 4.2 * len(games)
     fig, axes = plt.subplots(len(games), len(panels), figsize=size, squeeze=False, layout="constrained")
     for row, (env_id, answers) in zip(axes, games.items()):
-        numeric = question in ("stochastic", "delay", "video")
-        x = list(map(float, answers.variants)) if numeric else range(len(answers.variants))
+        x = [float(v) if v[-1].isdigit() else i for i, v in enumerate(answers.variants)]  # or names
         for ax, (title, lines) in zip(row, panels):
             for color, (measure, n) in zip(COLORS, lines):
                 values = [numbers(answers, v, title, measure, n) for v in answers.variants]
@@ -561,7 +561,7 @@ def plot(question, games, path):
             if measure.startswith("labels for"):
                 ax.set_yscale("log", base=2)
             ax.set(title=f"{env_id}: {title}", xlabel=label)
-            if not numeric:
+            if question != "video":
                 ax.set_xticks(x, [v.replace(", ", ",\n") for v in answers.variants], fontsize=8)
             ax.legend(fontsize=7)
     fig.savefig(path, dpi=90, bbox_inches="tight")
