@@ -450,7 +450,7 @@ class Answers:
         return (self.of(variant, measure, n) - low) / (high - low)
 
     def labels_for(self, variant, share):
-        """Labels that a seed's decoder needs for a share, by a line that never falls; TOO_FEW if all are."""
+        """Labels that a seed's decoder needs for a share, by a line that never falls; inf if too few."""
         counts = sorted(int(n) for v, m, n in self.found if (v, m) == (str(variant), "LAPO + decoder"))
         curves = np.transpose([self.shares(variant, "LAPO + decoder", n) for n in counts])  # (seeds, counts)
         curves = [IsotonicRegression().fit_transform(counts, curve) for curve in curves]
@@ -458,16 +458,18 @@ class Answers:
 
 
 def first_above(x, y, level):
-    """2 to the x where the line through x, y (n,) first reaches the level; TOO_FEW if it never does."""
+    """2 to the x where the line through x, y (n,) first reaches the level; inf if it never does."""
     above = np.flatnonzero(y >= level)
     if not len(above):
-        return TOO_FEW
+        return np.inf
     i = above[0]
     return 2 ** (x[i] if i == 0 else np.interp(level, y[i - 1 : i + 1], x[i - 1 : i + 1]))
 
 
 def interval(values):
-    """Mean of a number a seed ± half of its 95% interval, as text; of one seed there is none."""
+    """Mean of a number a seed ± half of its 95% interval, as text; one seed has none, nor has infinity."""
+    if np.isinf(values).any():
+        return "; ".join(f"{value:.3g}" for value in values)
     if len(values) < 2:
         return f"{np.mean(values):.3g}" if len(values) else ""
     half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
@@ -476,13 +478,13 @@ def interval(values):
 
 def draw(ax, x, values, color, label, marker="o"):
     """A line through the means of values, [(seeds,)] at x, and a dot a seed."""
-    there = [(at, of_seeds) for at, of_seeds in zip(x, values) if len(of_seeds)]
+    there = [(at, np.nan_to_num(of, posinf=NEVER)) for at, of in zip(x, values) if len(of)]
     ax.plot([at for at, _ in there], [np.mean(v) for _, v in there], color=color, marker=marker, label=label)
     for at, of_seeds in there:
         ax.scatter([at] * len(of_seeds), of_seeds, s=10, color=color, alpha=0.6, zorder=3)
 
 
-TOO_FEW = 1024  # stands for more labels than 512
+NEVER = 1024  # where a picture has what more than 512 labels may reach
 PREDICTION = "prediction, squared error", [("loss", ""), ("loss of copying", "")]
 TOLD = "bits, meant", "bits of meant in carried out", "bits, carried out", "bits, carried out, untrained IDM"
 RL, PPO = ("RL + SL", ""), ("PPO from scratch", "")
@@ -494,7 +496,7 @@ COMMONEST = ("accuracy, commonest action", "")
 SEEN = ("z_t", "z_t+k", "z_t to z_t+k", "pi(o_t)", "pi(o_t-k) to pi(o_t)")
 PANELS = {  # question: what x is, panels [(title, [(measure, n_labels)])]
     "stochastic": (
-        "how often a random action (FrozenLake) or the last one (coinrun) is carried out",
+        "rate of random actions (FrozenLake), of sticky ones (coinrun)",
         [
             PREDICTION,
             ("latents tell of actions, bits", [(x, "") for x in TOLD]),
@@ -508,7 +510,7 @@ PANELS = {  # question: what x is, panels [(title, [(measure, n_labels)])]
             ("bits", [("bits in use", ""), ("bits, carried out", ""), ("bits, carried out, quantised", "")]),
             ("k-means and actions", [("purity, meant", ""), ("purity, shuffled", "")]),
             ("play", [FEW, RL]),
-            (f"labels for a share ({TOO_FEW:,}: never)", [("labels for 0.5", ""), ("labels for 0.8", "")]),
+            (f"labels for a share ({NEVER:,}: never)", [("labels for 0.5", ""), ("labels for 0.8", "")]),
         ],
     ),
     "transfer": (
@@ -557,7 +559,7 @@ def plot(question, games, path):
                 ax.set_xscale("log", base=2)
             if title == "play":
                 ax.axhline(1, color="#333333", ls=":", lw=1)
-                title = "return, as a share of the demonstrator's there"
+                title = "share of the demonstrator's return"
             if measure.startswith("labels for"):
                 ax.set_yscale("log", base=2)
             ax.set(title=f"{env_id}: {title}", xlabel=label)
@@ -597,9 +599,7 @@ if __name__ == "__main__":
         sys.exit(f"error: {args.question} is none of {', '.join(QUESTIONS)}")
     small = ["FrozenLake-v1"] * (args.question in ("stochastic", "bottleneck"))
     if args.env_id not in ("coinrun", *small):
-        sys.exit(
-            f"error: ENV_ID is {args.env_id}, {args.question} is asked in {' and '.join(['coinrun', *small])}"
-        )
+        sys.exit(f"error: ENV_ID is {args.env_id}, expected {' or '.join(['coinrun', *small])}")
     for seed in args.seeds if args.question else ():
         for row, value in ask(args.question, args.env_id, seed):
             row, key = row | {"value": f"{value:.4g}"}, tuple(row.values())

@@ -88,10 +88,11 @@ def test_arithmetic():
     rows = [{"variant": "a", "seed": "1", "measure": m, "n_labels": str(n), "value": v} for m, n, v in rows]
     answers = questions.Answers(rows)
     assert answers.shares("a", lapo, 16) == [0.5]
-    assert answers.labels_for("a", 0.7) == [32] and answers.labels_for("a", 0.95) == [questions.TOO_FEW]
+    assert answers.labels_for("a", 0.7) == [32] and answers.labels_for("a", 0.95) == [np.inf]
     doubled = questions.slope([2, 4, 8], [np.array(seeds) for seeds in ([0, 5], [1, 7], [2, 9])])
     assert doubled == " (1.5 ± 6.4 a doubling)"  # 1 and 2: 12.7 x 0.5
     assert questions.interval(np.array([1.0, 2.0, 3.0])) == "2 ± 2.5"  # 4.30 x 1 / sqrt(3)
+    assert questions.interval(np.array([32.0, np.inf])) == "32; inf"
 
 
 def test_what_latents_tell():
