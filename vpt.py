@@ -13,6 +13,7 @@ Reads data/ENV_ID, writes RUNS_DIR/ENV_ID__vpt__SEED/results.json and checkpoint
 """
 
 import sys
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -123,7 +124,9 @@ def fit_last_layer(idm, frames, t, actions, windows, autocast):
     scaler = StandardScaler().fit(features(windows))
     x = np.concatenate([scaler.transform(features(t)), np.zeros((A, 256))])
     weight = np.repeat([1, 0.1], [len(t), A])
-    probe = LogisticRegression(C=0.01, max_iter=300).fit(x, [*actions.tolist(), *range(A)], weight)
+    probe = LogisticRegression(C=0.01, max_iter=300)
+    with warnings.catch_warnings(action="ignore"):  # no convergence: a start is all it has to be
+        probe.fit(x, [*actions.tolist(), *range(A)], weight)
     coef, intercept = probe.coef_ / scaler.scale_, probe.intercept_
     intercept = intercept - coef @ scaler.mean_  # the layer sees features as they are
     if A == 2:  # the logits' difference
