@@ -51,7 +51,7 @@ FLAGS = {  # of the stages: experiments.sh's, half as much cloning and online pl
     "lapo_pretrain": "--num-updates 2000 --batch-size 32 --learning-rate 5e-4 --warmup-updates 500 "
     "--patch-size 2 --idm-scale 1 --fdm-width 16 --vq-dim 4 --predict-change",
     "lapo_bc": "--num-updates 2500 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 --policy-scale 1",
-    "lapo_decode": "--num-labels 16 64 128 512 --num-draws 4 --eval-episodes 120 --temperature 0.5 "
+    "lapo_decode": "--num-labels 16 64 128 512 --num-draws 4 --eval-episodes 60 --temperature 0.5 "
     "--decoder-updates 200 --cloning-updates 500 --cloning-learning-rate 3e-3 --policy-batch-size 64",
     "lapo_finetune_ppo": "--total-timesteps 81920 --action-head-warmup 7000 10000 "
     "--value-head-warmup 5000 10000 --linear-warmup 10000 40000",
@@ -383,11 +383,11 @@ def clone_ahead(cloned, made, frames, windows, k, seed):
 
 
 def play(made, k, seed, policy):
-    """The mean return of 480 episodes, as many as lapo_decode.py's draws have, in games with delay k."""
+    """The mean return of 240 episodes, as many as lapo_decode.py's draws have, in games with delay k."""
     data = json.loads((made["data_dir"] / "meta.json").read_text())
     env = decode.make_env(data["env_id"], 60, data["num_levels"], data["start_level"], seed)
     run, rng = SimpleNamespace(leave_if_stopped=lambda: None), torch.Generator().manual_seed(seed)
-    return float(decode.evaluate(lambda *x: policy(*x) / 0.5, Altered(env, delay=k), 480, rng, run).mean())
+    return float(decode.evaluate(lambda *x: policy(*x) / 0.5, Altered(env, delay=k), 240, rng, run).mean())
 
 
 def video(env_id, seed):
