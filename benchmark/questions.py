@@ -278,7 +278,6 @@ def bottleneck(env_id, seed):
 def transfer(env_id, seed):
     """A latent policy in other worlds: decoded there with labels of its own world, and fine-tuned there."""
     own = lapo(env_id, "as it is", seed, collected(env_id, "as it is"))
-    torch.manual_seed(seed)
     labeller = None
     for world, options in WORLDS.items():
         made, variant, altered = own, "as it is", ()
@@ -467,7 +466,7 @@ def first_above(x, y, level):
 
 
 def interval(values):
-    """Mean of a number a seed ± half of its 95% interval, as text; one seed has none, nor has infinity."""
+    """Mean of a number a seed ± half of its 95% interval, as text; not of one seed or infinite ones."""
     if np.isinf(values).any():
         return "; ".join(f"{value:.3g}" for value in values)
     if len(values) < 2:
@@ -476,10 +475,10 @@ def interval(values):
     return f"{np.mean(values):.3g} ± {half:.2g}"
 
 
-def draw(ax, x, values, color, label, marker="o"):
+def draw(ax, x, values, color, label):
     """A line through the means of values, [(seeds,)] at x, and a dot a seed."""
     there = [(at, np.nan_to_num(of, posinf=NEVER)) for at, of in zip(x, values) if len(of)]
-    ax.plot([at for at, _ in there], [np.mean(v) for _, v in there], color=color, marker=marker, label=label)
+    ax.plot([at for at, _ in there], [np.mean(v) for _, v in there], color=color, marker="o", label=label)
     for at, of_seeds in there:
         ax.scatter([at] * len(of_seeds), of_seeds, s=10, color=color, alpha=0.6, zorder=3)
 
