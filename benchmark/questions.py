@@ -47,11 +47,11 @@ RUNS, RESULTS = Path("runs/questions"), ROOT / "benchmark" / "results"
 KEYS = ["question", "env_id", "variant", "seed", "measure", "n_labels"]
 FLAGS = {  # of the stages: experiments.sh's, half as much cloning and online play, label counts of our own
     "collect_expert_data": "--expert-checkpoint experts/coinrun.pt --num-train-frames 65536 "
-    "--num-test-frames 8192",
+    "--num-test-frames 8192 --num-envs 16",  # in few games, so that a time limit cuts off few episodes
     "lapo_pretrain": "--num-updates 2000 --batch-size 32 --learning-rate 5e-4 --warmup-updates 500 "
     "--patch-size 2 --idm-scale 1 --fdm-width 16 --vq-dim 4 --predict-change",
     "lapo_bc": "--num-updates 2500 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 --policy-scale 1",
-    "lapo_decode": "--num-labels 16 64 128 512 --num-draws 4 --eval-episodes 60 --temperature 0.5 "
+    "lapo_decode": "--num-labels 16 64 128 512 --num-draws 4 --eval-episodes 120 --temperature 0.5 "
     "--decoder-updates 200 --cloning-updates 500 --cloning-learning-rate 3e-3 --policy-batch-size 64",
     "lapo_finetune_ppo": "--total-timesteps 81920 --action-head-warmup 7000 10000 "
     "--value-head-warmup 5000 10000 --linear-warmup 10000 40000",
@@ -60,7 +60,7 @@ FLAGS = {  # of the stages: experiments.sh's, half as much cloning and online pl
 }
 LAKE = {  # what the small world has of its own, quickstart.sh's
     "collect_expert_data": "--demonstrator value_iteration --num-levels 16 --num-train-frames 4096 "
-    "--num-test-frames 512 --num-envs 32",
+    "--num-test-frames 4096 --num-envs 32",
     "lapo_pretrain": "--num-updates 600 --batch-size 32 --learning-rate 1e-3 --warmup-updates 100 "
     "--idm-differences --no-vq --vq-num-codebooks 1 --vq-num-slots 1 --vq-dim 4 --patch-size 2 "
     "--idm-scale 0.5 --fdm-width 8 --predict-change",
@@ -115,12 +115,11 @@ def run(env_id, variant, stage, seed, *flags, altered=()):
         command.append("--no-bf16")  # or each machine would take what is faster there
     command = [*map(str, command), *own.split(), *map(str, flags)]
     path.parent.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.parent.parent / ".lock"):  # another question may need the same run
+    with FileLock(path.parent.parent / f".{path.parent.name}.lock"):  # another question may need the same run
         if not path.exists():
             wrapped = ["benchmark/altered.py", *altered, *command] if altered else command
             print("==", shlex.join(["python", *wrapped]), flush=True)
-            if status := subprocess.run([sys.executable, *wrapped]).returncode:
-                sys.exit(status)
+            subprocess.run([sys.executable, *wrapped], check=True)
     results = json.loads(path.read_text())
     if results["command"] != shlex.join(["python", *command]):
         sys.exit(f"error: {path} was made with other flags than today's: move its folder away")
@@ -198,34 +197,42 @@ def played(made):
 
 
 def demonstrator(made):
-    """The mean return of the episodes in the training videos: what it got in these games."""
+    """The mean return in the training videos, of episodes that began early enough to end in them."""
+    data = json.loads((made["data_dir"] / "meta.json").read_text())
+    games, limit = data["splits"]["train"]["num_envs"], 1000 if data["env_id"] == "coinrun" else 100
     first, returns = (np.load(made["data_dir"] / "train" / f"{name}.npy") for name in ("first", "returns"))
-    return float(np.nanmean(returns[first]))
+    first, returns = (of.reshape(games, -1)[:, :-limit] for of in (first, returns))
+    return float(returns[first].mean())
 
 
 def learned(made):
     """How well a variant predicts; what its latents tell of what was meant and carried out: bits, purity."""
     frames, windows, idm, untrained, vq = load(made)
     t, last = some(windows, 0, 2048, 2048), made["pretrain"]
+    moved = {split: (frames[split][t[split]] != frames[split][t[split] + 1]).any((1, 2, 3)) for split in t}
     effect = EFFECT if last["env_id"] == "coinrun" else torch.arange(15)
     meant = done = {split: effect[actions] for split, actions in labels(frames, t).items()}
     paths = {split: frames[split].folders[0] / "happened.npy" for split in t}
     if paths["test"].exists():
         done = {split: effect[torch.from_numpy(np.load(paths[split])[t[split]]).long()] for split in t}
+    if last["env_id"] != "coinrun":  # a wall's is no move
+        done = {split: torch.where(torch.from_numpy(moved[split]), done[split], 4) for split in t}
     z = latents(idm, frames, t)
     found = {"loss": last["test/fdm_loss"], "loss of copying": last["test/copy_last_frame_loss"]}
     found["not as meant"] = (done["test"] != meant["test"]).float().mean().item()
-    found |= {"bits, meant": bits(z, meant), "bits, carried out": bits(z, done)}
-    found["bits, carried out, untrained IDM"] = bits(latents(untrained, frames, t), done)
+    fresh = latents(untrained, frames, t)
+    for name, of in {"meant": meant, "carried out": done}.items():
+        found |= {f"bits, {name}": bits(z, of), f"bits, {name}, untrained IDM": bits(fresh, of)}
     found["bits of meant in carried out"] = mutual_info_score(meant["test"], done["test"]) / np.log(2)
     if vq:  # in use: as if slots were independent of each other, so at most this
         slots = vq(z["test"])[2].flatten(1).T.numpy()
         found["bits in use"] = sum(stats.entropy(np.bincount(slot), base=2) for slot in slots)
         found["bits, carried out, quantised"] = bits({split: vq(z[split])[0] for split in t}, done)
-    moved = (frames["test"][t["test"]] != frames["test"][t["test"] + 1]).any((1, 2, 3))
-    actions = meant["test"].numpy()
-    for name, of in {"meant": actions, "shuffled": np.random.default_rng(0).permutation(actions)}.items():
-        found[f"purity, {name}"] = float(cluster(z["test"], len(np.unique(actions)), of, moved)[2])
+    actions, moved = meant["test"].numpy(), moved["test"]
+    shuffled, clusters = actions.copy(), len(np.unique(actions)) + (not moved.all())  # one that stands still
+    shuffled[moved] = np.random.default_rng(0).permutation(actions[moved])
+    for name, of in {"meant": actions, "shuffled": shuffled}.items():
+        found[f"purity, {name}"] = float(cluster(z["test"], clusters, of, moved)[2])
     return found
 
 
@@ -242,7 +249,7 @@ def fit_decoder(x, actions, label_smoothing=0.05):
     """LAPO's decoder, of inputs (n, D) and actions (n,), as lapo_decode.py fits it."""
     decoder = decode.Decoder(x.shape[1], (192, 128, 64))
     decoder.mean.copy_(x.mean(0))
-    decoder.std.copy_(x.std(0) + 1e-6)
+    decoder.std.copy_(x.std(0).clamp(min=0.01 * x.std(0).max()) + 1e-6)  # codes may hardly ever change
     args = SimpleNamespace(weight_decay=1e-2, label_smoothing=label_smoothing)
     return decode.fit(decoder, x.__getitem__, actions, 200, 1e-3, 512, args, nullcontext())
 
@@ -268,9 +275,9 @@ def stochastic(env_id, seed):
 
 
 def bottleneck(env_id, seed):
-    data = collected(env_id, "as it is")
+    data, more = collected(env_id, "as it is"), "--no-cloning --num-labels 16 64 128 512 2048"
     for size, flags in SIZES.items():
-        made = lapo(env_id, size, seed, data, flags, decode="--no-cloning")
+        made = lapo(env_id, size, seed, data, flags, decode=more)
         rl = online(env_id, size, seed, made, stages=["lapo_finetune_ppo"])
         yield size, learned(made) | played(made) | rl
 
@@ -382,11 +389,11 @@ def clone_ahead(cloned, made, frames, windows, k, seed):
 
 
 def play(made, k, seed, policy):
-    """The mean return of 240 episodes, as many as lapo_decode.py's draws have, in games with delay k."""
+    """The mean return of 120 episodes, as many as lapo_decode.py's draws have, in games with delay k."""
     data = json.loads((made["data_dir"] / "meta.json").read_text())
     env = decode.make_env(data["env_id"], 60, data["num_levels"], data["start_level"], seed)
     run, rng = SimpleNamespace(leave_if_stopped=lambda: None), torch.Generator().manual_seed(seed)
-    return float(decode.evaluate(lambda *x: policy(*x) / 0.5, Altered(env, delay=k), 240, rng, run).mean())
+    return float(decode.evaluate(lambda *x: policy(*x) / 0.5, Altered(env, delay=k), 120, rng, run).mean())
 
 
 def video(env_id, seed):
@@ -398,7 +405,7 @@ def video(env_id, seed):
             found = played(lapo(env_id, "as it is", seed, own))
             yield frames, found | {("in proportion", 128): found[FEW]}
             continue
-        games = frames // 1024  # as long as the others: in few steps they would all be at their beginnings
+        games = max(1, frames // 4096)  # as long as the others
         flags = f"--num-train-frames {frames} --num-envs {games}"
         data = collected(env_id, videos, flags, seed=seed)
         how = {"decode": "--no-cloning --num-labels 128", "labels": own}
@@ -418,6 +425,16 @@ def ask(question, env_id, seed):
         for key, value in found.items():
             measure, n_labels = key if isinstance(key, tuple) else (key, "")
             yield dict(zip(KEYS, map(str, (question, env_id, variant, seed, measure, n_labels)))), value
+
+
+def add(row, path):
+    """Adds a row to questions.csv, or replaces it."""
+    with FileLock(RUNS / ".lock"):  # another question may write
+        rows = read(path) | {tuple(row[key] for key in KEYS): row}
+        writer = csv.DictWriter(text := StringIO(), [*KEYS, "value"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows.values())
+        decode.write_whole(path, text.getvalue())
 
 
 def read(path):
@@ -440,7 +457,7 @@ class Answers:
 
     def of(self, variant, measure, n=""):
         """A number a seed: (seeds,)."""
-        return np.array([*self.found[str(variant), measure, str(n)].values()])
+        return np.array([value for _, value in sorted(self.found[str(variant), measure, str(n)].items())])
 
     def shares(self, variant, measure, n=""):
         """The same as shares of the demonstrator's return above random play, in the variant's games."""
@@ -476,16 +493,18 @@ def interval(values):
 
 
 def draw(ax, x, values, color, label):
-    """A line through the means of values, [(seeds,)] at x, and a dot a seed."""
+    """A line through the means of values, [(seeds,)] at x, or medians of labels, and a dot a seed."""
+    middle = np.median if label.startswith("labels") else np.mean
     there = [(at, np.nan_to_num(of, posinf=NEVER)) for at, of in zip(x, values) if len(of)]
-    ax.plot([at for at, _ in there], [np.mean(v) for _, v in there], color=color, marker="o", label=label)
+    ax.plot([at for at, _ in there], [middle(v) for _, v in there], color=color, marker="o", label=label)
     for at, of_seeds in there:
         ax.scatter([at] * len(of_seeds), of_seeds, s=10, color=color, alpha=0.6, zorder=3)
 
 
-NEVER = 1024  # where a picture has what more than 512 labels may reach
+NEVER = 4096  # where a picture has what more than 2,048 labels may reach
 PREDICTION = "prediction, squared error", [("loss", ""), ("loss of copying", "")]
-TOLD = "bits, meant", "bits of meant in carried out", "bits, carried out", "bits, carried out, untrained IDM"
+TOLD = [f"bits, {of}{control}" for of in ("meant", "carried out") for control in ("", ", untrained IDM")]
+TOLD.append("bits of meant in carried out")
 RL, PPO = ("RL + SL", ""), ("PPO from scratch", "")
 FEW, MANY = ("LAPO + decoder", 128), ("LAPO + decoder", 512)
 ENDS = ("demonstrator", ""), ("random", "")  # whose returns fall with the others'
@@ -599,15 +618,15 @@ if __name__ == "__main__":
     small = ["FrozenLake-v1"] * (args.question in ("stochastic", "bottleneck"))
     if args.env_id not in ("coinrun", *small):
         sys.exit(f"error: ENV_ID is {args.env_id}, expected {' or '.join(['coinrun', *small])}")
+    failed = 0
     for seed in args.seeds if args.question else ():
-        for row, value in ask(args.question, args.env_id, seed):
-            row, key = row | {"value": f"{value:.4g}"}, tuple(row.values())
-            with FileLock(RUNS / ".lock"):
-                rows = read(path) | {key: row}  # another question may have written meanwhile
-                writer = csv.DictWriter(text := StringIO(), [*KEYS, "value"], lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows.values())
-                decode.write_whole(path, text.getvalue())
+        try:
+            for row, value in ask(args.question, args.env_id, seed):
+                add(row | {"value": f"{value:.4g}"}, path)
+        except subprocess.CalledProcessError as e:  # the stage has said why
+            failed = e.returncode
+            if failed != 1:
+                sys.exit(failed)  # it was stopped: so are the other seeds
     rows, tables = read(path), []
     for question in QUESTIONS:
         mine = [row for row in rows.values() if row["question"] == question]
@@ -620,3 +639,4 @@ if __name__ == "__main__":
         if games:
             plot(question, games, RESULTS / f"questions-{question}.png")
     (RESULTS / "questions.md").write_text("Means over seeds ± half of a 95% interval.\n" + "".join(tables))
+    sys.exit(failed)

@@ -95,6 +95,18 @@ def test_arithmetic():
     assert questions.interval(np.array([32.0, np.inf])) == "32; inf"
 
 
+def test_demonstrator(tmp_path):
+    """Episodes that a time limit may have cut off do not count, or only the short ones of them would."""
+    (tmp_path / "train").mkdir()
+    first, returns = np.zeros((2, 300), dtype=bool), np.ones((2, 300), dtype=np.float32)
+    first[:, [0, 199, 200]], returns[0, :199] = True, 0  # of 300 steps; the last begins with 100 left
+    for name, array in {"first": first, "returns": returns}.items():
+        np.save(tmp_path / "train" / f"{name}.npy", array.ravel())
+    data = {"env_id": "FrozenLake-v1", "splits": {"train": {"num_envs": 2}}}
+    (tmp_path / "meta.json").write_text(json.dumps(data))
+    assert questions.demonstrator({"data_dir": tmp_path}) == 0.75
+
+
 def test_what_latents_tell():
     """Bits are those of the classes, or none; accuracy counts what an action does, not its name."""
     torch.manual_seed(0)
