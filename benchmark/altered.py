@@ -10,8 +10,10 @@ import argparse
 import json
 import runpy
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -53,16 +55,24 @@ class Altered:
         self.env.act(self.happened[-1])
 
 
-def alter(module, maker, changes, made, **how):
-    """module.maker makes Altered games from now on, with these changes of its options; `made` gets them."""
-    make = getattr(module, maker)
+@contextmanager
+def altered_games(changes, **how):
+    """Games that are made within are Altered, with these changes of their options; gives a list of them."""
+    made, modules = [], {"make_worlds": worlds}
+    with suppress(ImportError):  # from Python 3.13 on there is none, and no options
+        import procgen.env
 
-    def make_altered(*which, **options):
+        modules["ProcgenGym3Env"] = procgen.env
+
+    def make(maker, *which, **options):
         seed = options.get("seed", options.get("rand_seed"))
-        made.append(Altered(make(*which, **options | changes), seed, **how))
+        made.append(Altered(maker(*which, **options | changes), seed, **how))
         return made[-1]
 
-    setattr(module, maker, make_altered)
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.enter_context(mock.patch.object(module, name, partial(make, getattr(module, name))))
+        yield made
 
 
 if __name__ == "__main__":
@@ -72,17 +82,11 @@ if __name__ == "__main__":
     parser.add_argument("--delay", type=int, default=0, help="steps until an action is carried out")
     parser.add_argument("--options", type=json.loads, default={}, help="of Procgen's engine, as JSON")
     parser.add_argument("stage", nargs=argparse.REMAINDER, help="a stage and its flags")
-    args, made = parser.parse_args(), []
-    how = {"random": args.random, "sticky": args.sticky, "delay": args.delay}
-    alter(worlds, "make_worlds", args.options, made, **how)
-    with suppress(ImportError):  # from Python 3.13 on there is none, and no options
-        import procgen.env
-
-        alter(procgen.env, "ProcgenGym3Env", args.options, made, **how)
-    sys.argv = args.stage
-    stage = runpy.run_path(sys.argv[0], run_name="__main__")
+    how = vars(parser.parse_args())
+    sys.argv = how.pop("stage")
+    with altered_games(how.pop("options"), **how) as made:
+        stage = runpy.run_path(sys.argv[0], run_name="__main__")
     if sys.argv[0] == "collect_expert_data.py":
         for split, env in zip(("train", "test"), made):
-            np.save(
-                stage["data_dir"] / split / "happened.npy", np.stack(env.happened, 1).ravel().astype(np.int8)
-            )
+            happened = np.stack(env.happened, 1).ravel().astype(np.int8)
+            np.save(stage["data_dir"] / split / "happened.npy", happened)

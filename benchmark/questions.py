@@ -37,7 +37,7 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-from altered import Altered  # noqa: E402
+from altered import altered_games  # noqa: E402
 
 import lapo_decode as decode  # noqa: E402
 import lapo_inspect as inspect  # noqa: E402
@@ -284,7 +284,8 @@ def bottleneck(env_id, seed):
 def transfer(env_id, seed):
     """A latent policy in other worlds: decoded there with labels of its own world, and fine-tuned there."""
     own = lapo(env_id, "as it is", seed, collected(env_id, "as it is"))
-    labeller = None
+    often = np.bincount(np.load(own["data_dir"] / "train" / "actions.npy"), minlength=15)
+    labeller, blind = None, torch.from_numpy(often).log() / 2  # play() doubles it
     for world, options in WORLDS.items():
         made, variant, altered = own, "as it is", ()
         if options:
@@ -302,9 +303,7 @@ def transfer(env_id, seed):
         of_this = fit_decoder(guess["train"], actions["train"])
         found["accuracy, this world's labels, untrained IDM"] = accuracy(of_this, guess, actions)
         found["accuracy, commonest action"] = commonest(actions)
-        if not options:
-            often = actions["train"].bincount(minlength=15).log() / 2  # play() doubles it
-            found["blind play"] = play(made, 0, seed, lambda obs, _, z=often: z.expand(len(obs), 15))
+        found["blind play"] = play(own, 0, seed, lambda obs, _: blind.expand(len(obs), 15), options)
         yield world, found | played(made) | online(env_id, variant, seed, made, altered)
 
 
@@ -390,12 +389,13 @@ def clone_ahead(cloned, made, frames, windows, k, seed):
     return policy.eval()
 
 
-def play(made, k, seed, policy):
+def play(made, k, seed, policy, options=None):
     """The mean return of 120 episodes, as many as lapo_decode.py's draws have, in games with delay k."""
     data = json.loads((made["data_dir"] / "meta.json").read_text())
-    env = decode.make_env(data["env_id"], 60, data["num_levels"], data["start_level"], seed)
+    with altered_games(options or {}, delay=k):
+        env = decode.make_env(data["env_id"], 60, data["num_levels"], data["start_level"], seed)
     run, rng = SimpleNamespace(leave_if_stopped=lambda: None), torch.Generator().manual_seed(seed)
-    return float(decode.evaluate(lambda *x: policy(*x) / 0.5, Altered(env, delay=k), 120, rng, run).mean())
+    return float(decode.evaluate(lambda *x: policy(*x) / 0.5, env, 120, rng, run).mean())
 
 
 def video(env_id, seed):
@@ -472,16 +472,7 @@ class Answers:
         counts = sorted(int(n) for v, m, n in self.found if (v, m) == (str(variant), "LAPO + decoder"))
         curves = np.transpose([self.shares(variant, "LAPO + decoder", n) for n in counts])  # (seeds, counts)
         curves = [IsotonicRegression().fit_transform(counts, curve) for curve in curves]
-        return np.array([first_above(np.log2(counts), curve, share) for curve in curves])
-
-
-def first_above(x, y, level):
-    """2 to the x where the line through x, y (n,) first reaches the level; inf if it never does."""
-    above = np.flatnonzero(y >= level)
-    if not len(above):
-        return np.inf
-    i = above[0]
-    return 2 ** (x[i] if i == 0 else np.interp(level, y[i - 1 : i + 1], x[i - 1 : i + 1]))
+        return np.array([2 ** np.interp(share, curve, np.log2(counts), right=np.inf) for curve in curves])
 
 
 def interval(values):
