@@ -576,7 +576,7 @@ def plot(question, games, path):
             ax.set(title=f"{env_id}: {title}", xlabel=label)
             if question != "video":
                 ax.set_xticks(x, [v.replace(", ", ",\n") for v in answers.variants], fontsize=8)
-            ax.legend(fontsize=7)
+            ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
     fig.savefig(path, dpi=90, bbox_inches="tight")
 
 
