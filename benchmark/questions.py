@@ -267,7 +267,7 @@ def stochastic(env_id, seed):
     kind = "--random" if env_id == "FrozenLake-v1" else "--sticky"
     for rate in RATES:
         variant, altered = ("as it is", ()) if rate == 0 else (f"{kind[2:]} {rate}", (kind, str(rate)))
-        few = "--no-cloning" * (env_id == "coinrun" and rate > 0)  # it is long and hardly beats random play
+        few = "--no-cloning" * (env_id == "coinrun" and rate > 0)  # it is long, no better than blind play
         data = collected(env_id, variant, altered=altered)
         made = lapo(env_id, variant, seed, data, decode=few, altered=altered)
         yield rate, learned(made) | played(made) | online(env_id, variant, seed, made, altered)
@@ -390,7 +390,7 @@ def clone_ahead(cloned, made, frames, windows, k, seed):
 
 
 def play(made, k, seed, policy, options=None):
-    """The mean return of 120 episodes, as many as lapo_decode.py's draws have, in games with delay k."""
+    """The mean return of 120 episodes, as many as lapo_decode.py's draws have, in games altered like that."""
     data = json.loads((made["data_dir"] / "meta.json").read_text())
     with altered_games(options or {}, delay=k):
         env = decode.make_env(data["env_id"], 60, data["num_levels"], data["start_level"], seed)
