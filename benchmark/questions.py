@@ -282,7 +282,7 @@ def bottleneck(env_id, seed):
 
 
 def transfer(env_id, seed):
-    """A latent policy in other worlds: decoded there with labels of its own world, and fine-tuned there."""
+    """A latent policy in other worlds: decoded there with labels from home, fine-tuned there; blind play."""
     own = lapo(env_id, "as it is", seed, collected(env_id, "as it is"))
     often = np.bincount(np.load(own["data_dir"] / "train" / "actions.npy"), minlength=15)
     labeller, blind = None, torch.from_numpy(often).log() / 2  # play() doubles it
