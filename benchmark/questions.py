@@ -270,7 +270,8 @@ def stochastic(env_id, seed):
         few = "--no-cloning" * (env_id == "coinrun" and rate > 0)  # it is long, no better than blind play
         data = collected(env_id, variant, altered=altered)
         made = lapo(env_id, variant, seed, data, decode=few, altered=altered)
-        yield rate, learned(made) | played(made) | online(env_id, variant, seed, made, altered)
+        found = learned(made) | {"blind play": play(made, 0, seed, **{kind[2:]: rate})}
+        yield rate, found | played(made) | online(env_id, variant, seed, made, altered)
 
 
 def bottleneck(env_id, seed):
@@ -288,8 +289,7 @@ def bottleneck(env_id, seed):
 def transfer(env_id, seed):
     """A latent policy in other worlds: decoded there with labels from home, fine-tuned there; blind play."""
     own = lapo(env_id, "as it is", seed, collected(env_id, "as it is"))
-    often = np.bincount(np.load(own["data_dir"] / "train" / "actions.npy"), minlength=15)
-    labeller, blind = None, torch.from_numpy(often).log() / 2  # play() doubles it
+    labeller = None
     for world, options in WORLDS.items():
         made, variant, altered = own, "as it is", ()
         if options:
@@ -307,7 +307,7 @@ def transfer(env_id, seed):
         of_this = fit_decoder(guess["train"], actions["train"])
         found["accuracy, this world's labels, untrained IDM"] = accuracy(of_this, guess, actions)
         found["accuracy, commonest action"] = commonest(actions)
-        found["blind play"] = play(own, 0, seed, lambda obs, _: blind.expand(len(obs), 15), options)
+        found["blind play"] = play(own, 0, seed, options=options)
         yield world, found | played(made) | online(env_id, variant, seed, made, altered)
 
 
@@ -393,10 +393,12 @@ def clone_ahead(cloned, made, frames, windows, k, seed):
     return policy.eval()
 
 
-def play(made, k, seed, policy, options=None):
-    """The mean return of 120 episodes, as many as lapo_decode.py's draws have, in games altered like that."""
+def play(made, k, seed, policy=None, options=None, **how):
+    """The mean return of 120 episodes in games altered like that; of blind play, if there is no policy."""
     data = json.loads((made["data_dir"] / "meta.json").read_text())
-    with altered_games(options or {}, delay=k):
+    often = np.bincount(np.load(made["data_dir"] / "train" / "actions.npy"), minlength=15)
+    policy = policy or (lambda obs, _: torch.from_numpy(often).log().expand(len(obs), 15) / 2)
+    with altered_games(options or {}, delay=k, **how):
         env = decode.make_env(data["env_id"], 60, data["num_levels"], data["start_level"], seed)
     run, rng = SimpleNamespace(leave_if_stopped=lambda: None), torch.Generator().manual_seed(seed)
     return float(decode.evaluate(lambda *x: policy(*x) / 0.5, env, 120, rng, run).mean())
@@ -502,7 +504,7 @@ NEVER = 4096  # where a picture has what more than 2,048 labels may reach
 PREDICTION = "prediction, squared error", [("loss", ""), ("loss of copying", "")]
 TOLD = [f"bits, {of}{control}" for of in ("meant", "carried out") for control in ("", ", untrained IDM")]
 TOLD.append("bits of meant in carried out")
-RL, PPO = ("RL + SL", ""), ("PPO from scratch", "")
+RL, PPO, BLIND = ("RL + SL", ""), ("PPO from scratch", ""), ("blind play", "")
 FEW, MANY = ("LAPO + decoder", 128), ("LAPO + decoder", 512)
 ENDS = ("demonstrator", ""), ("random", "")  # whose returns fall with the others'
 MENDED = [(f"decoder of pi{x}", 512) for x in ("(o_t)", " at several steps")] + [("pi of later latents", 512)]
@@ -515,7 +517,7 @@ PANELS = {  # question: what x is, panels [(title, [(measure, n_labels)])]
         [
             PREDICTION,
             ("latents tell of actions, bits", [(x, "") for x in TOLD]),
-            ("play", [FEW, ("cloning", 128), RL, PPO]),
+            ("play", [FEW, ("cloning", 128), RL, PPO, BLIND]),
         ],
     ),
     "bottleneck": (
@@ -531,7 +533,7 @@ PANELS = {  # question: what x is, panels [(title, [(measure, n_labels)])]
     "transfer": (
         "",
         [
-            ("return", [MANY, RL, PPO, *ENDS, ("blind play", "")]),
+            ("return", [MANY, RL, PPO, *ENDS, BLIND]),
             ("the IDM as a labeller", [*((f"accuracy, {x}", "") for x in LABELS), COMMONEST]),
         ],
     ),
@@ -627,8 +629,6 @@ if __name__ == "__main__":
     for question in QUESTIONS:
         mine = [row for row in rows.values() if row["question"] == question]
         games = {row["env_id"]: None for row in mine}
-        if question == "video" and "65536" not in {row["variant"] for row in mine}:
-            continue  # the shares are that one's
         for env_id in games:
             games[env_id] = Answers([row for row in mine if row["env_id"] == env_id])
             tables.append(table(question, env_id, games[env_id]))
