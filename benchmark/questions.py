@@ -79,6 +79,7 @@ SIZES = {  # codebooks x slots x codes, 2x4x64 the paper's: flags; latents have 
     "1x2x16, 8 bits": "--vq --vq-num-codebooks 1 --vq-num-slots 2 --vq-num-codes 16 --vq-dim 16",
     "2x4x64, 48 bits": "--vq --vq-num-codebooks 2 --vq-num-slots 4 --vq-num-codes 64 --vq-dim 4",
     "no VQ": "--no-vq --vq-num-codebooks 2 --vq-num-slots 4 --vq-dim 4",
+    "no VQ, untrained": "--no-vq --vq-num-codebooks 2 --vq-num-slots 4 --vq-dim 4 --num-updates 1",
 }
 WORLDS = {
     "its own": {},
