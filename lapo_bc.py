@@ -2,7 +2,10 @@
 
 The frozen IDM of stage 2 labels every transition with a latent action, the continuous one before
 quantisation; a policy that sees o_t alone learns to predict it. No true action anywhere.
-    loss    MSE(pi(o_t), IDM(o_{t-1}, o_t, o_{t+1}))
+    loss    MSE((pi(o_t) - m) / s, (IDM(o_{t-1}, o_t, o_{t+1}) - m) / s)
+m and s are the latents' mean and standard deviation, by dimension. The paper regresses latents as they are
+(--no-standardize-latents); ours have deviations of 0.003 to 0.04, and a policy that regresses such numbers
+ends with collapsed features (docs/lapo_bc.md).
 
     python lapo_bc.py --env-id bossfight                                      # the paper's scale
     torchrun --standalone --nproc_per_node=8 lapo_bc.py --env-id bossfight   # 8 GPUs
@@ -34,7 +37,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-FORMAT_VERSION = 4  # of checkpoints
+FORMAT_VERSION = 5  # of checkpoints
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 tqdm = partial(tqdm, disable=RANK > 0)  # one bar, rank 0's
 
@@ -50,6 +53,7 @@ class Args:
     pretrain_checkpoint: str | None = None  # default: RUNS_DIR/ENV_ID__lapo_pretrain__SEED/checkpoint.pt
     allow_unfinished: bool = False  # take the checkpoint of an unfinished run, too
     # method and optimisation
+    standardize_latents: bool = True  # regress every dimension in units of its deviation; the paper: raw
     policy_scale: float = 4.0  # width of the policy's IMPALA-CNN: 16, 32, 32 channels times this
     num_updates: int = 60_000  # gradient steps
     batch_size: int = 128  # transitions per step
@@ -123,20 +127,26 @@ class IDM(nn.Module):
 
 
 class LatentPolicy(nn.Module):
-    """pi(o_t): observations (B, 64, 64, 3) uint8 -> latent action (B, latent_dim)."""
+    """pi(o_t): observations (B, 64, 64, 3) uint8 -> latent action (B, latent_dim).
+
+    The head's outputs are in units of the latents' standard deviation around their mean, which are buffers.
+    """
 
     def __init__(self, scale, latent_dim, patch_size=1):
         super().__init__()
         self.network = ImpalaCNN(3, scale, patch_size)
         self.head = nn.Linear(256, latent_dim)
         self.critic = nn.Linear(256, 1)  # for fine-tuning
-        # of the latents that it was cloned on, for decoders
+        # of the latents that it was cloned on; decoders use them, too
         self.register_buffer("mean", torch.zeros(latent_dim))
         self.register_buffer("std", torch.ones(latent_dim))
 
-    def forward(self, obs):
+    def features(self, obs):
         # HWC memory seen as (B, 3, 64, 64) is channels-last already: no copy
-        return self.head(self.network(obs.permute(0, 3, 1, 2).float() / 255 - 0.5)).float()
+        return self.network(obs.permute(0, 3, 1, 2).float() / 255 - 0.5)  # (B, 256)
+
+    def forward(self, obs):
+        return self.mean + self.std * self.head(self.features(obs)).float()
 
 
 class Frames:
@@ -211,6 +221,34 @@ def load_checkpoint(path, made_by, parts, args):
     if path == unfinished and not args.allow_unfinished:
         sys.exit(f"error: {path.parent} is unfinished: `{checkpoint['command']}`, or --allow-unfinished")
     return checkpoint
+
+
+def latent_moments(z):
+    """Mean and standard deviation (latent_dim,) of the latents z (n, latent_dim) of all processes."""
+    counts, means, variances = zip(*gathered((len(z), z.mean(0), z.var(0, correction=0))))
+    weights = torch.tensor(counts)[:, None] / sum(counts)  # (processes, 1)
+    means, variances = torch.stack(means), torch.stack(variances)  # (processes, latent_dim)
+    mean = (weights * means).sum(0)
+    variance = (weights * (variances + (means - mean) ** 2)).sum(0)
+    return mean, variance.sqrt() + 1e-6
+
+
+def effective_rank(features):
+    """Directions in which features (n, 256) vary: exp of the entropy of their covariance's eigenvalues.
+
+    The eigenvalues are normalised to sum to 1 (Roy & Vetterli 2007).
+    """
+    variances = torch.linalg.svdvals(features - features.mean(0)) ** 2
+    return torch.special.entr(variances / variances.sum().clamp(min=1e-30)).sum().exp().item()
+
+
+@torch.no_grad()
+def fold_moments(policy, mean, std):
+    """Gives a policy that regressed raw latents the buffers of the others; forward returns the same."""
+    policy.head.weight /= std[:, None]
+    policy.head.bias.sub_(mean).div_(std)
+    policy.mean.copy_(mean)
+    policy.std.copy_(std)
 
 
 def average(loss, params):
@@ -434,11 +472,12 @@ if __name__ == "__main__":
             run.leave_if_stopped()
         write_whole(labels, torch.cat(z_train))
     z_train = torch.load(labels, mmap=True, weights_only=True)  # (n, latent_dim)
-    policy.mean.copy_(gathered(z_train.mean(0))[0])  # rank 0 has every WORLD_SIZE-th window
-    policy.std.copy_(gathered(z_train.std(0))[0] + 1e-6)
+    mean, std = (x.to(device) for x in latent_moments(z_train))  # (latent_dim,)
+    if args.standardize_latents:
+        policy.mean.copy_(mean)
+        policy.std.copy_(std)
     with torch.no_grad(), autocast:
-        z_test = idm(get_windows(frames["test"], t_test, device))
-    mean_mse = F.mse_loss(policy.mean.expand_as(z_test), z_test).item()  # what pi must beat
+        z_test = idm(get_windows(frames["test"], t_test, device))  # (1024, latent_dim)
 
     done, curve = state.get("step", 0), state.get("curve", [])
     warmed_up = [0, args.warmup_updates, max(args.warmup_updates + 1, args.num_updates)]
@@ -449,7 +488,7 @@ if __name__ == "__main__":
         i = torch.randint(len(z_train), (args.batch_size // WORLD_SIZE,))
         with autocast:
             z = policy(torch.from_numpy(frames["train"][t_train[i]]).to(device))
-        loss = F.mse_loss(z, z_train[i].to(device))
+        loss = F.mse_loss(z / policy.std, z_train[i].to(device) / policy.std)  # the mean cancels
         optimizer.zero_grad()
         loss.backward()
         loss = average(loss, policy.parameters())
@@ -463,11 +502,19 @@ if __name__ == "__main__":
             run.writer.add_scalar("charts/SPS", step * args.batch_size / (time.time() - run.began), step)
         if RANK == 0 and (step % args.eval_every == 0 or step == args.num_updates):
             with torch.no_grad(), autocast:
-                test_mse = F.mse_loss(policy(obs_test), z_test).item()
-            run.writer.add_scalar("test/latent_mse", test_mse, step)
-            curve.append({"update": step, "train/latent_mse": loss.item(), "test/latent_mse": test_mse})
-            steps.set_postfix_str(f"test MSE {test_mse:.3g}, of the mean latent {mean_mse:.3g}")
+                features = policy.features(obs_test).float()  # (1024, 256)
+                z = policy(obs_test)
+            unexplained = F.mse_loss(z / std, z_test / std).item()  # share of the variance
+            point = {"update": step, "train/latent_mse": loss.item()}
+            point["test/r2"] = 1 - unexplained  # the mean over dimensions
+            point["test/effective_rank"] = effective_rank(features)
+            curve.append(point)
+            for name in ("test/r2", "test/effective_rank"):
+                run.writer.add_scalar(name, point[name], step)
+            steps.set_postfix_str(f"test R² {point['test/r2']:.3f}, rank {point['test/effective_rank']:.1f}")
         if run.due() or step == args.num_updates:
             run.save(step, curve=curve)
-    run.finish(**(curve or [{}])[-1], mean_latent_mse=mean_mse, curve=curve)
+    if not args.standardize_latents:
+        fold_moments(policy, mean, std)
+    run.finish(**(curve or [{}])[-1], curve=curve)
     print(f"next: lapo_decode.py or lapo_finetune_ppo.py --env-id {args.env_id} --runs-dir {args.runs_dir}")

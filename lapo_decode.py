@@ -37,7 +37,7 @@ from filelock import FileLock
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-FORMAT_VERSION = 4  # of checkpoints
+FORMAT_VERSION = 5  # of checkpoints
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 tqdm = partial(tqdm, disable=RANK > 0)  # one bar, rank 0's
 
@@ -136,20 +136,26 @@ class IDM(nn.Module):
 
 
 class LatentPolicy(nn.Module):
-    """pi(o_t): observations (B, 64, 64, 3) uint8 -> latent action (B, latent_dim)."""
+    """pi(o_t): observations (B, 64, 64, 3) uint8 -> latent action (B, latent_dim).
+
+    The head's outputs are in units of the latents' standard deviation around their mean, which are buffers.
+    """
 
     def __init__(self, scale, latent_dim, patch_size=1):
         super().__init__()
         self.network = ImpalaCNN(3, scale, patch_size)
         self.head = nn.Linear(256, latent_dim)
         self.critic = nn.Linear(256, 1)  # for fine-tuning
-        # of the latents that it was cloned on, for decoders
+        # of the latents that it was cloned on; decoders use them, too
         self.register_buffer("mean", torch.zeros(latent_dim))
         self.register_buffer("std", torch.ones(latent_dim))
 
-    def forward(self, obs):
+    def features(self, obs):
         # HWC memory seen as (B, 3, 64, 64) is channels-last already: no copy
-        return self.head(self.network(obs.permute(0, 3, 1, 2).float() / 255 - 0.5)).float()
+        return self.network(obs.permute(0, 3, 1, 2).float() / 255 - 0.5)  # (B, 256)
+
+    def forward(self, obs):
+        return self.mean + self.std * self.head(self.features(obs)).float()
 
 
 class Decoder(nn.Module):

@@ -36,7 +36,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-FORMAT_VERSION = 4  # of checkpoints
+FORMAT_VERSION = 5  # of checkpoints
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 tqdm = partial(tqdm, disable=RANK > 0)  # one bar, rank 0's
 
@@ -199,7 +199,8 @@ class FinetunedAgent(nn.Module):
         hidden = torch.relu(self.network.fc(features))  # (B, 256)
         logits = rl_logits = self.actor(hidden)
         if self.sl:
-            decoder_logits = self.decoder(self.head(torch.relu(self.frozen_fc(features))))
+            z = self.head(torch.relu(self.frozen_fc(features)))  # (B, latent_dim), standardised
+            decoder_logits = self.decoder(self.decoder.mean + self.decoder.std * z)
             logits = (rl_logits + decoder_logits) / 2
         return logits, self.critic(hidden).squeeze(-1)
 

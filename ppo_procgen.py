@@ -34,7 +34,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-FORMAT_VERSION = 4  # of checkpoints
+FORMAT_VERSION = 5  # of checkpoints
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 tqdm = partial(tqdm, disable=RANK > 0)  # one bar, rank 0's
 

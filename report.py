@@ -130,9 +130,9 @@ if __name__ == "__main__":
         key, ax = "probe/balanced_accuracy", fig.add_subplot(grid[0, 1])
         plot_curve(ax, pretrain["curve"], key, chance, names, ylim=(0, None), **accuracy)
     names = "latent policy, test frames", "predicting the mean latent"
-    cloning = {"title": "2. Cloning the latent policy", "ylabel": "mean squared error per dimension"}
+    cloning = {"title": "2. Cloning the latent policy", "ylabel": "share of the latents' variance explained"}
     ax = fig.add_subplot(grid[0, 2])
-    plot_curve(ax, bc["curve"], "test/latent_mse", bc["mean_latent_mse"], names, ylim=(0, None), **cloning)
+    plot_curve(ax, bc["curve"], "test/r2", 0, names, **cloning)
     plot_bars(fig.add_subplot(grid[1, 0]), decode)
     plot_returns(fig.add_subplot(grid[1, 1]), decode)
     ax = fig.add_subplot(grid[1, 2])

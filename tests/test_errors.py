@@ -40,7 +40,7 @@ def test_bad_checkpoints(refuse, work, pipeline, stage):
     bad = {"garbage": garbage, "empty": b"", "truncated": whole[: len(whole) // 2], "text": b"no pickle"}
     for name, content in bad.items():
         (work / f"{name}.pt").write_bytes(content)
-    bad |= {"list": [1, 2], "old": {**good, "format_version": 2}, "fruitbot": {**good, "env_id": "fruitbot"}}
+    bad |= {"list": [1, 2], "old": {**good, "format_version": 4}, "fruitbot": {**good, "env_id": "fruitbot"}}
     for name in ("list", "old", "fruitbot"):
         torch.save(bad[name], work / f"{name}.pt")
     paths = [work / f"{name}.pt" for name in ("nowhere", *bad)]

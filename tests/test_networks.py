@@ -181,7 +181,7 @@ def test_networks_normalise_uint8_frames():
     x = obs_to_input(obs)
     policy, agent = bc.LatentPolicy(0.25, 8), ppo.Agent(0.25)
     tuned = finetune.FinetunedAgent(0.25, 1, 8, (16,))
-    torch.testing.assert_close(policy(obs), policy.head(policy.network(x)))
+    torch.testing.assert_close(policy(obs), policy.head(policy.network(x)))  # mean 0, deviation 1
     torch.testing.assert_close(agent(obs)[0], agent.actor(agent.network(x)))
     torch.testing.assert_close(tuned.features(obs, FLOAT32), tuned.network.conv(x))
 
@@ -253,6 +253,8 @@ def test_logits_of_the_finetuned_agent(sl):
     """
     torch.manual_seed(0)
     policy, obs = bc.LatentPolicy(0.25, 8), torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8)
+    policy.mean.normal_()
+    policy.std.uniform_(0.001, 0.1)
     agent = finetune.FinetunedAgent(0.25, 1, 8, (16,), sl)
     agent.load_policy(policy.state_dict())
     features = agent.features(obs, FLOAT32)
@@ -263,6 +265,41 @@ def test_logits_of_the_finetuned_agent(sl):
     rl_logits, decoder_logits = agent.actor(policy.network(obs_to_input(obs))), agent.decoder(policy(obs))
     wanted = (rl_logits + decoder_logits) / 2 if sl else rl_logits
     torch.testing.assert_close(agent(features)[0], wanted)
+
+
+def test_latent_policy_is_in_units_of_its_latents():
+    """forward = mean + std * head; folding moments into a raw policy leaves its outputs as they are."""
+    policy, obs = bc.LatentPolicy(0.25, 8), torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8)
+    raw, mean, std = policy(obs), torch.randn(8), torch.rand(8) + 0.01
+    policy.mean.copy_(mean)
+    policy.std.copy_(std)
+    torch.testing.assert_close(policy(obs), mean + std * raw)
+    policy.mean.zero_()
+    policy.std.fill_(1)
+    bc.fold_moments(policy, mean, std)
+    assert torch.equal(policy.mean, mean) and torch.equal(policy.std, std)
+    torch.testing.assert_close(policy(obs), raw)
+
+
+def test_moments_of_several_processes(monkeypatch):
+    """Mean and deviation of all latents, from pieces of unequal length."""
+    z = torch.randn(1000, 3) * torch.tensor([0.003, 1.0, 40.0]) + torch.tensor([5.0, 0.0, -1.0])
+    pieces = z.split([700, 200, 100])
+    found = [(len(piece), piece.mean(0), piece.var(0, correction=0)) for piece in pieces]
+    monkeypatch.setattr(bc, "gathered", lambda x: found)
+    mean, std = bc.latent_moments(pieces[0])
+    torch.testing.assert_close(mean, z.mean(0))
+    torch.testing.assert_close(std, z.std(0, correction=0), rtol=1e-3, atol=2e-6)
+
+
+def test_effective_rank():
+    """The number of directions where all vary alike, their perplexity else; 1 where nothing varies."""
+    basis = torch.linalg.qr(torch.randn(256, 256))[0]
+    x = torch.randn(20_000, 256)
+    assert bc.effective_rank(x[:, :12] @ basis[:12] + 7) == pytest.approx(12, rel=0.01)
+    scales = torch.tensor([3.0, 1.0])  # variances 0.9, 0.1
+    assert bc.effective_rank(x[:, :2] * scales @ basis[:2]) == pytest.approx(np.exp(0.325), rel=0.02)
+    assert bc.effective_rank(torch.ones(64, 256)) == pytest.approx(1)
 
 
 def test_decoder_standardises_latents():

@@ -1,4 +1,4 @@
-"""The repository keeps its own rules: sizes, repeated definitions, imports, requirements, links, pictures."""
+"""The repository keeps its own rules: repeated definitions, imports, requirements, links, pictures."""
 
 import ast
 import re
@@ -17,11 +17,6 @@ PACKAGES = {
 }
 OWN = {"gym_notices", "scipy"}  # come with gym and scikit-learn
 SCRIPTS = sorted([*ROOT.glob("*.py"), *ROOT.glob("benchmark/*.py")])
-LINES = {  # at most; of stages 80 for several processes, 15 for shards
-    "lapo_bc.py": 475, "lapo_pretrain.py": 645, "lapo_decode.py": 670, "lapo_finetune_ppo.py": 705,
-    "collect_expert_data.py": 475, "ppo_procgen.py": 540, "import_videos.py": 360, "vpt.py": 380,
-    "README.md": 250, "CONTRIBUTING.md": 40, "tests/*.py": 3520, "benchmark/*.py": 1940,
-}  # fmt: skip
 
 
 def read(path):
@@ -50,15 +45,6 @@ def imports(path):
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module)
     return {name.split(".")[0] for name in names}
-
-
-@pytest.mark.parametrize("pattern", LINES)
-def test_line_limits(pattern):
-    """Nothing grows beyond what one sitting reads; README's 250 lines have at most 2,500 words."""
-    lines = sum(len(path.read_text().splitlines()) for path in ROOT.glob(pattern))
-    assert 0 < lines <= LINES[pattern]
-    if pattern == "README.md":
-        assert len((ROOT / pattern).read_text().split()) <= 2500
 
 
 def test_repeated_definitions_are_identical():
@@ -131,7 +117,7 @@ def test_every_flag_is_explained(path):
         if re.match(r"    \w+: ", line):
             assert re.search(r"  # \S.{5,}", line) or re.fullmatch(r'    """.{6,}"""', following), line
     head = ast.get_docstring(tree)
-    assert f"python {path.name}" in head and (path.stem not in STAGES or len(head.splitlines()) <= 16)
+    assert f"python {path.name}" in head and (path.stem not in STAGES or len(head.splitlines()) <= 20)
 
 
 def test_line_links_and_anchors():

@@ -16,7 +16,11 @@ HOLDS = {  # stage: what its checkpoint holds beside what all hold, what its log
     "ppo_procgen": ("agent num_levels start_level", "charts/learning_rate losses/policy_loss", 2048),
     "collect_expert_data": ("num_levels start_level", "charts/episodic_return", 2400),
     "lapo_pretrain": ("idm vq fdm data", "charts/learning_rate losses/fdm_loss codebook/perplexity_1", 6),
-    "lapo_bc": ("policy idm pretrain_args data", "charts/learning_rate losses/latent_mse test/latent_mse", 6),
+    "lapo_bc": (
+        "policy idm pretrain_args data",
+        "charts/learning_rate losses/latent_mse test/r2 test/effective_rank",
+        6,
+    ),
     "lapo_decode": ("policy decoder pretrain_args bc_args data", "lapo_decoder/return_mean", 32),
     "lapo_finetune_ppo": ("agent", "charts/episodic_return losses/explained_variance", 2048),
 }
@@ -29,7 +33,7 @@ def test_what_a_run_leaves(pipeline, name):
     """results.json, checkpoint.pt and logs say what they are and rest on; the last line what is next."""
     stage, results, folder = RUNS[name][0], pipeline.results[name], pipeline.checkpoints[name].parent
     checkpoint, logs, (parts, tags, last) = load(folder / "checkpoint.pt"), scalars(folder), HOLDS[stage]
-    assert [checkpoint[key] for key in ("format_version", "stage", "env_id")] == [4, stage, ENV_ID]
+    assert [checkpoint[key] for key in ("format_version", "stage", "env_id")] == [5, stage, ENV_ID]
     assert set(parts.split()) <= checkpoint.keys() and not {"optimizer", "rng"} & checkpoint.keys()
     assert all(results[key] == checkpoint[key] for key in ("stage", "identity", "command"))
     assert results["args"] == json.loads(json.dumps(checkpoint["args"])) and results["args"]["bf16"] is False
@@ -115,6 +119,41 @@ def test_cloning_trains_on_the_idms_latents(pipeline):
     initial = bc.LatentPolicy(0.25, 16).state_dict()
     still = {name for name, x in initial.items() if torch.equal(x, policy[name])}
     assert still == {"critic.weight", "critic.bias"}
+    network = bc.LatentPolicy(0.25, 16)
+    network.load_state_dict(policy)
+    frames, first = (np.load(pipeline.data / "test" / f"{name}.npy") for name in ("frames", "first"))
+    t = np.random.default_rng(0).permutation(np.flatnonzero(~first[1:-1] & ~first[2:]) + 1)[:1024]
+    idm_network, results = bc.IDM(0.25, 16), pipeline.results["lapo_bc"]
+    idm_network.load_state_dict(idm)
+    with torch.inference_mode():
+        z, guess = idm_network(bc.get_windows(frames, t, "cpu")), network(torch.from_numpy(frames[t]))
+    unexplained = ((guess - z) / policy["std"]).square().mean().item()
+    assert results["test/r2"] == pytest.approx(1 - unexplained, abs=1e-4)
+
+
+def test_cloning_in_the_papers_raw_form(pipeline, work):
+    """--no-standardize-latents: what is written is the policy that MSE on z itself gives."""
+    inline(work, "lapo_bc", *TOY["lapo_bc"], *"--exp-name raw --no-standardize-latents".split())
+    policy = tensors(work / run_dir("raw") / "checkpoint.pt", "policy")
+    kept = tensors(pipeline.checkpoints["lapo_bc"], "policy")
+    assert torch.equal(policy["mean"], kept["mean"]) and torch.equal(policy["std"], kept["std"])
+    args, data = pipeline.results["lapo_bc"]["args"], pipeline.data / "train"
+    frames, z = np.load(data / "frames.npy"), load(pipeline.cwd / run_dir("lapo_bc") / "latents.pt")
+    first = np.load(data / "first.npy")
+    t = np.flatnonzero(~first[1:-1] & ~first[2:]) + 1
+    torch.manual_seed(1)
+    slow = bc.LatentPolicy(0.25, 16)  # mean 0, deviation 1: its head makes z itself
+    optimizer = torch.optim.Adam(slow.parameters())
+    for step in range(args["num_updates"]):
+        warmed_up = [0, args["warmup_updates"], max(args["warmup_updates"] + 1, args["num_updates"])]
+        optimizer.param_groups[0]["lr"] = args["learning_rate"] * np.interp(step, warmed_up, [0.01, 1, 0])
+        i = torch.randint(len(z), (args["batch_size"],))
+        optimizer.zero_grad()
+        F.mse_loss(slow(torch.from_numpy(frames[t[i]])), z[i]).backward()
+        optimizer.step()
+    written, obs = bc.LatentPolicy(0.25, 16), torch.from_numpy(frames[:64])
+    written.load_state_dict(policy)
+    torch.testing.assert_close(written(obs), slow(obs), atol=1e-5, rtol=1e-4)
 
 
 def test_decoding_learns_from_aligned_labels(pipeline):
