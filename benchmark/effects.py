@@ -3,8 +3,9 @@
     python benchmark/effects.py coinrun fruitbot maze miner climber bigfish
 
 Many of Procgen's 15 actions do the same. From each of 160 saved states of the demonstrator's play every
-action is tried: actions whose next frames agree in every pixel are one effect. Entropies are in nats, means over
-states. Where a demonstrator is undecided, a policy that regresses latents learns the mean of several effects.
+action is tried: actions whose next frames agree in every pixel are one effect. Entropies are in nats; all
+numbers are means over states. Where a demonstrator is undecided, a policy that regresses latents learns the
+mean of several effects.
 """
 
 import sys
