@@ -119,17 +119,13 @@ class ImpalaCNN(nn.Module):
 class IDM(nn.Module):
     """Inverse dynamics model: o_{t-1}, o_t, o_{t+1} (B, 9, 64, 64) -> continuous latent (B, latent_dim).
 
-    Not in the paper: differences, it sees o_t - o_{t-1} and o_{t+1} - o_t alone, hence no scenery;
-    normalize, its features are batch-normalised.
+    differences (not in the paper): it sees o_t - o_{t-1} and o_{t+1} - o_t alone, hence no scenery.
     """
 
-    def __init__(self, scale, latent_dim, patch_size=1, differences=False, normalize=False):
+    def __init__(self, scale, latent_dim, patch_size=1, differences=False):
         super().__init__()
         self.differences = differences
         self.network = ImpalaCNN(6 if differences else 9, scale, patch_size)
-        if normalize:  # before both ReLUs after the convolutions
-            self.network.conv.insert(-1, nn.BatchNorm1d(self.network.fc.in_features))
-            self.network.fc = nn.Sequential(self.network.fc, nn.BatchNorm1d(256))
         self.head = nn.Linear(256, latent_dim)
 
     def see(self, x):
@@ -618,8 +614,8 @@ if __name__ == "__main__":
 
     # the networks of stages 2 and 3, frozen
     latent_dim, patch = len(cloned["idm"]["head.bias"]), cloned["pretrain_args"]["patch_size"]
-    looks = [cloned["pretrain_args"].get(name, False) for name in ("idm_differences", "idm_from_change")]
-    idm = IDM(cloned["pretrain_args"]["idm_scale"], latent_dim, patch, *looks)
+    differences = cloned["pretrain_args"].get("idm_differences", False)
+    idm = IDM(cloned["pretrain_args"]["idm_scale"], latent_dim, patch, differences)
     idm.load_state_dict(cloned["idm"])
     idm = idm.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     policy = LatentPolicy(cloned["args"]["policy_scale"], latent_dim, patch)

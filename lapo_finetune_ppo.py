@@ -128,17 +128,13 @@ class ImpalaCNN(nn.Module):
 class IDM(nn.Module):
     """Inverse dynamics model: o_{t-1}, o_t, o_{t+1} (B, 9, 64, 64) -> continuous latent (B, latent_dim).
 
-    Not in the paper: differences, it sees o_t - o_{t-1} and o_{t+1} - o_t alone, hence no scenery;
-    normalize, its features are batch-normalised.
+    differences (not in the paper): it sees o_t - o_{t-1} and o_{t+1} - o_t alone, hence no scenery.
     """
 
-    def __init__(self, scale, latent_dim, patch_size=1, differences=False, normalize=False):
+    def __init__(self, scale, latent_dim, patch_size=1, differences=False):
         super().__init__()
         self.differences = differences
         self.network = ImpalaCNN(6 if differences else 9, scale, patch_size)
-        if normalize:  # before both ReLUs after the convolutions
-            self.network.conv.insert(-1, nn.BatchNorm1d(self.network.fc.in_features))
-            self.network.fc = nn.Sequential(self.network.fc, nn.BatchNorm1d(256))
         self.head = nn.Linear(256, latent_dim)
 
     def see(self, x):
@@ -575,8 +571,7 @@ if __name__ == "__main__":
     device = (torch.accelerator.current_accelerator(True) if args.cuda else None) or torch.device("cpu")
 
     latent_dim, patch = len(cloned["idm"]["head.bias"]), pretrain_args["patch_size"]
-    looks = [pretrain_args.get(name, False) for name in ("idm_differences", "idm_from_change")]
-    idm = IDM(pretrain_args["idm_scale"], latent_dim, patch, *looks)
+    idm = IDM(pretrain_args["idm_scale"], latent_dim, patch, pretrain_args.get("idm_differences", False))
     idm.load_state_dict(cloned["idm"])
     idm = idm.to(device, memory_format=torch.channels_last)
     torch.manual_seed(args.seed)

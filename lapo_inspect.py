@@ -47,7 +47,7 @@ from tqdm import tqdm
 from lapo_bc import LatentPolicy, get_windows, load_checkpoint, load_dataset, write_whole
 from lapo_decode import Decoder, evaluate, make_env
 from lapo_finetune_ppo import FinetunedAgent
-from lapo_pretrain import FDM, IDM, VQ, others, start_from_change
+from lapo_pretrain import FDM, IDM, VQ, others
 
 plt.switch_backend("Agg")
 # Procgen's actions 0-8 are 3 * (right + 1) + (up + 1); 9-14 are buttons
@@ -85,9 +85,7 @@ def build_networks(p, device, trained=None):
     """IDM, VQ (on the CPU; None with --no-vq) and FDM of pretraining's args p: trained, or as they began."""
     torch.manual_seed(p["seed"])
     N, H, D, K = (p[f"vq_{size}"] for size in ("num_codebooks", "num_slots", "dim", "num_codes"))
-    idm = IDM(p["idm_scale"], N * H * D, p["patch_size"], p.get("idm_differences"), p.get("idm_from_change"))
-    if p.get("idm_from_change"):
-        start_from_change(idm)
+    idm = IDM(p["idm_scale"], N * H * D, p["patch_size"], p.get("idm_differences", False))
     vq = VQ(N, H, D, K, p["vq_commitment"], p["vq_decay"])
     fdm = FDM(N * H * D, p["fdm_width"], p["predict_change"], p["patch_size"])
     for name, network in {"idm": idm, "vq": vq, "fdm": fdm}.items() if trained else ():

@@ -58,7 +58,6 @@ class Args:
     # method
     idm_scale: float = 4.0  # width of the IDM's IMPALA-CNN: 16, 32, 32 channels times this
     idm_differences: bool = False  # the IDM sees frames' differences, in training shifted (not in the paper)
-    idm_from_change: bool = False  # the IDM starts from o_{t+1} - o_t, batch-normalised (not in the paper)
     fdm_width: int = 24  # base width of the FDM's U-Net
     patch_size: Literal[1, 2, 4] = 1  # P: patches of P x P pixels are folded into channels (not in the paper)
     predict_change: bool = False  # the FDM predicts o_{t+1} - o_t, from 0 on (not in the paper)
@@ -128,17 +127,13 @@ class ImpalaCNN(nn.Module):
 class IDM(nn.Module):
     """Inverse dynamics model: o_{t-1}, o_t, o_{t+1} (B, 9, 64, 64) -> continuous latent (B, latent_dim).
 
-    Not in the paper: differences, it sees o_t - o_{t-1} and o_{t+1} - o_t alone, hence no scenery;
-    normalize, its features are batch-normalised.
+    differences (not in the paper): it sees o_t - o_{t-1} and o_{t+1} - o_t alone, hence no scenery.
     """
 
-    def __init__(self, scale, latent_dim, patch_size=1, differences=False, normalize=False):
+    def __init__(self, scale, latent_dim, patch_size=1, differences=False):
         super().__init__()
         self.differences = differences
         self.network = ImpalaCNN(6 if differences else 9, scale, patch_size)
-        if normalize:  # before both ReLUs after the convolutions
-            self.network.conv.insert(-1, nn.BatchNorm1d(self.network.fc.in_features))
-            self.network.fc = nn.Sequential(self.network.fc, nn.BatchNorm1d(256))
         self.head = nn.Linear(256, latent_dim)
 
     def see(self, x):
@@ -247,19 +242,6 @@ class FDM(nn.Module):
             x = block(torch.cat([x, skips.pop()], dim=1))  # the first joins z
         x = F.pixel_shuffle(self.head(torch.cat([x, patches.to(x.dtype)], dim=1)).float(), self.P)
         return frames[:, 3:] + x if self.predict_change else torch.tanh(x) / 2
-
-
-@torch.no_grad()
-def start_from_change(idm):
-    """Makes the IDM a function of o_{t+1} - o_t, until it learns otherwise: nothing else has the first say.
-
-    What changes from frame to frame is little of what a frame shows. In an IDM that starts at random it is so
-    little of the latents that the FDM learns to do without them, and without use no gradient reaches the IDM.
-    """
-    first = next(layer for layer in idm.network.conv if isinstance(layer, nn.Conv2d))
-    before, now, after = first.weight.chunk(3, dim=1)  # of o_{t-1}, o_t, o_{t+1}
-    before.zero_()
-    now.copy_(-after)
 
 
 def shift(windows, step):
@@ -572,8 +554,6 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     if min(args.num_updates, args.batch_size, args.eval_every, args.eval_windows // 2) < 1:
         sys.exit("error: --num-updates, --batch-size and --eval-every start at 1, --eval-windows at 2")
-    if args.idm_from_change and args.idm_differences:
-        sys.exit("error: --idm-from-change and --idm-differences are two answers to one question: choose one")
     if args.sync_batch_norm and not (args.cuda and torch.cuda.is_available()):
         sys.exit("error: --sync-batch-norm needs GPUs, and here is none: leave it out")
     if args.batch_size % WORLD_SIZE:
@@ -586,9 +566,7 @@ if __name__ == "__main__":
     # networks
     torch.manual_seed(args.seed)
     latent_dim = args.vq_num_codebooks * args.vq_num_slots * args.vq_dim
-    idm = IDM(args.idm_scale, latent_dim, args.patch_size, args.idm_differences, args.idm_from_change)
-    if args.idm_from_change:
-        start_from_change(idm)
+    idm = IDM(args.idm_scale, latent_dim, args.patch_size, args.idm_differences)
     idm = idm.to(device, memory_format=torch.channels_last)
     vq_sizes = args.vq_num_codebooks, args.vq_num_slots, args.vq_dim, args.vq_num_codes
     vq = VQ(*vq_sizes, args.vq_commitment, args.vq_decay).to(device)

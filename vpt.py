@@ -97,16 +97,14 @@ def new_networks(num_actions, pretrained, cloned, args, device):
     Checkpoints of LAPO, {} for none, bring their convolutions and linear layer; the last layer is new.
     """
     a = {"idm_scale": args.idm_scale, "patch_size": args.patch_size} | pretrained.get("args", {})
-    looks = a.get("idm_differences", False), a.get("idm_from_change", False)
-    idm = IDM(a["idm_scale"], num_actions, a["patch_size"], *looks)
+    idm = IDM(a["idm_scale"], num_actions, a["patch_size"], a.get("idm_differences", False))
     scale = cloned.get("args", vars(args))["policy_scale"]
     policy = LatentPolicy(scale, num_actions, cloned.get("pretrain_args", vars(args))["patch_size"])
     for network, weights in (idm, pretrained.get("idm")), (policy, cloned.get("policy")):
         if weights:
             learned = {name.removeprefix("network."): x for name, x in weights.items() if "network." in name}
             network.network.load_state_dict(learned)
-    # evaluation mode: a batch of a few labels would spoil the IDM's batch normalisation, if it has any
-    return [network.to(device, memory_format=torch.channels_last).eval() for network in (idm, policy)]
+    return [network.to(device, memory_format=torch.channels_last) for network in (idm, policy)]
 
 
 @torch.no_grad()
