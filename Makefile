@@ -17,7 +17,7 @@ quickstart: $(STAMP)  ## the whole of LAPO, small, on two CPU cores (12 to 20 mi
 	PYTHON=$(BIN)python SEED=$(SEED) ./quickstart.sh $(ENV_ID)
 
 pictures: $(STAMP)  ## the README's pictures, from a finished quickstart
-	$(BIN)python lapo_inspect.py --env-id $(ENV_ID) --seed $(SEED) --runs-dir $(QUICKSTART) \
+	$(BIN)python -m tools.inspect_latents --env-id $(ENV_ID) --seed $(SEED) --runs-dir $(QUICKSTART) \
 		--data-dir $(QUICKSTART)/data --num-starts 1 --overwrite
 	$(BIN)python benchmark/readme_pictures.py --env-id $(ENV_ID) --seed $(SEED) --runs-dir $(QUICKSTART)
 

@@ -4,14 +4,14 @@ The frozen IDM of stage 2 labels every transition with a latent action, the cont
 quantisation; a policy that sees o_t alone learns to predict it. No true action anywhere.
     loss    MSE((pi(o_t) - m) / s, (IDM(o_{t-1}, o_t, o_{t+1}) - m) / s)
 m and s are the latents' mean and standard deviation, by dimension. The paper regresses latents as they are
-(--no-standardize-latents); ours have deviations of 0.003 to 0.04, and a policy that regresses such numbers
-ends with collapsed features (docs/lapo_bc.md).
+(--no-standardize-latents); ours have deviations of 0.003 to 0.07, and a policy that regresses the smaller of
+these ends with collapsed features (docs/lapo_bc.md).
 
     python lapo_bc.py --env-id bossfight                                      # the paper's scale
-    torchrun --standalone --nproc_per_node=8 lapo_bc.py --env-id bossfight   # 8 GPUs
+    torchrun --standalone --nproc_per_node=8 lapo_bc.py --env-id bossfight    # 8 GPUs
     python lapo_bc.py --env-id coinrun --num-updates 500 --policy-scale 1     # toy
-Reads data/ENV_ID and RUNS_DIR/ENV_ID__lapo_pretrain__SEED/checkpoint.pt,
-writes RUNS_DIR/ENV_ID__lapo_bc__SEED/checkpoint.pt: the policy, and the IDM for the next stages.
+Reads data/ENV_ID and RUNS_DIR/ENV_ID__lapo_pretrain__SEED/checkpoint.pt, writes
+RUNS_DIR/ENV_ID__lapo_bc__SEED/checkpoint.pt: the policy, and the IDM for the next stages.
 """
 
 import atexit
@@ -23,7 +23,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +31,16 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from filelock import FileLock
-from torch.utils.benchmark import Timer
+from filelock import FileLock, Timeout
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 FORMAT_VERSION = 5  # of checkpoints
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-tqdm = partial(tqdm, disable=RANK > 0)  # one bar, rank 0's
+SAVE_SECONDS = 60  # between the states from which an interrupted run goes on
+PLACES = ("data_dir", "pretrain_checkpoint", "runs_dir", "overwrite", "cuda")  # no arguments of the method
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 @dataclass
@@ -49,23 +50,21 @@ class Args:
     exp_name: str = Path(__file__).stem  # the run folder is RUNS_DIR/ENV_ID__EXP_NAME__SEED
     seed: int = 1  # seed of the experiment
     # data
-    data_dir: str | None = None  # the dataset, one folder or A:B:C; default data/ENV_ID
+    data_dir: str | None = None  # the dataset; default data/ENV_ID
     pretrain_checkpoint: str | None = None  # default: RUNS_DIR/ENV_ID__lapo_pretrain__SEED/checkpoint.pt
-    allow_unfinished: bool = False  # take the checkpoint of an unfinished run, too
     # method and optimisation
     standardize_latents: bool = True  # regress every dimension in units of its deviation; the paper: raw
     policy_scale: float = 4.0  # width of the policy's IMPALA-CNN: 16, 32, 32 channels times this
     num_updates: int = 60_000  # gradient steps
-    batch_size: int = 128  # transitions per step
+    batch_size: int = 128  # transitions per step, over all processes
     learning_rate: float = 2e-4  # Adam's peak rate: from 0.01x to 1x over the warm-up, then linearly to 0
     warmup_updates: int = 1000  # length of the warm-up
     eval_every: int = 1000  # updates between evaluations on 1,024 test frames
     # run
     runs_dir: str = "runs"  # where run folders are made
-    overwrite: bool = False  # replace the run in the run folder; else a finished one is kept, another goes on
-    checkpoint_seconds: float = 60.0  # seconds between checkpoints from which an interrupted run goes on
+    overwrite: bool = False  # begin anew; else a finished run is kept, and an unfinished one goes on
     cuda: bool = True  # use CUDA, or another accelerator that torch knows, where there is one
-    bf16: tyro.conf.DisallowNone[bool | None] = None  # forward passes in bfloat16; default: if faster here
+    bf16: tyro.conf.DisallowNone[bool | None] = None  # forward passes in bfloat16; default: on CUDA GPUs
 
 
 class ResidualBlock(nn.Module):
@@ -78,7 +77,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x):
         # in place where nobody needs the old values: fewer passes over memory
-        return self.conv1(torch.relu_(self.conv0(torch.relu(x)))).add_(x)
+        hidden = torch.relu_(self.conv0(torch.relu(x)))
+        return self.conv1(hidden).add_(x)
 
 
 class ImpalaCNN(nn.Module):
@@ -90,7 +90,9 @@ class ImpalaCNN(nn.Module):
 
     def __init__(self, in_channels, scale, patch_size=1):
         super().__init__()
-        layers = [nn.PixelUnshuffle(patch_size)] if patch_size > 1 else []
+        layers = []
+        if patch_size > 1:
+            layers.append(nn.PixelUnshuffle(patch_size))
         in_channels *= patch_size**2
         for channels in (int(16 * scale), int(32 * scale), int(32 * scale)):
             layers += [
@@ -119,11 +121,13 @@ class IDM(nn.Module):
         self.network = ImpalaCNN(6 if differences else 9, scale, patch_size)
         self.head = nn.Linear(256, latent_dim)
 
-    def see(self, x):
-        return x[:, 3:] - x[:, :6] if self.differences else x
+    def see(self, windows):
+        if self.differences:
+            return windows[:, 3:] - windows[:, :6]
+        return windows
 
-    def forward(self, x):
-        return self.head(self.network(self.see(x))).float()
+    def forward(self, windows):
+        return self.head(self.network(self.see(windows))).float()
 
 
 class LatentPolicy(nn.Module):
@@ -143,93 +147,37 @@ class LatentPolicy(nn.Module):
 
     def features(self, obs):
         # HWC memory seen as (B, 3, 64, 64) is channels-last already: no copy
-        return self.network(obs.permute(0, 3, 1, 2).float() / 255 - 0.5)  # (B, 256)
+        x = obs.permute(0, 3, 1, 2).float() / 255 - 0.5
+        return self.network(x)  # (B, 256)
 
     def forward(self, obs):
         return self.mean + self.std * self.head(self.features(obs)).float()
 
 
-class Frames:
-    """A split's frames (N, 64, 64, 3) in the frames.npy of its shards, each mapped when first asked for."""
-
-    def __init__(self, folders, lengths):
-        self.folders, self.starts = folders, np.cumsum([0, *lengths])
-        self.open = lru_cache(256)(lambda s: np.load(folders[s] / "frames.npy", mmap_mode="r"))
-
-    def __len__(self):
-        return int(self.starts[-1])
-
-    def __getitem__(self, t):
-        """Rows t, an array of integers of any shape (...) -> (..., 64, 64, 3) uint8."""
-        if len(self.folders) == 1:
-            return self.open(0)[t]
-        t = np.asarray(t)
-        shards = np.searchsorted(self.starts, t, side="right") - 1
-        rows = np.empty((*t.shape, 64, 64, 3), dtype=np.uint8)
-        for s in np.unique(shards):
-            rows[shards == s] = self.open(s)[t[shards == s] - self.starts[s]]
-        return rows
-
-    def labels(self, name):
-        """actions, rewards or returns (N,) of all shards. Raises OSError where there are none."""
-        return np.concatenate([np.load(folder / f"{name}.npy", mmap_mode="r") for folder in self.folders])
-
-
-def load_dataset(args):
-    """meta.json of a dataset (of its first shard), Frames {split: (N, 64, 64, 3)} and windows {split: t}."""
-    data_dir, frames, windows = str(args.data_dir or f"data/{args.env_id}"), {}, {}
-    folders = map(Path, data_dir.split(os.pathsep))  # one, or several: /disk1/coinrun:/disk2/coinrun
-    shards = [shard for folder in folders for shard in sorted(folder.glob("shard-*")) or [folder]]
-    try:
-        metas = [json.loads((shard / "meta.json").read_text()) for shard in shards]
-        for split in ("train", "test"):
-            firsts = [np.load(shard / split / "first.npy") for shard in shards]
-            frames[split] = Frames([shard / split for shard in shards], list(map(len, firsts)))
-            # t-1, t, t+1 lie in one episode: a frame with first=True belongs to the new one
-            t = [np.flatnonzero(~first[1:-1] & ~first[2:]) + 1 for first in firsts]
-            windows[split] = np.concatenate([t + start for t, start in zip(t, frames[split].starts)])
-            for s, (meta, first) in enumerate(zip(metas, firsts)):  # of files their heads alone
-                found = meta["env_id"], (x := frames[split].open(s)).shape, str(x.dtype)
-                if found != (args.env_id, (len(first), 64, 64, 3), "uint8") or len(windows[split]) < 2:
-                    raise ValueError(f"{shards[s] / split} is {found}, {len(windows[split])} windows")
-    except (OSError, ValueError, TypeError, KeyError) as e:
-        again = f"`python collect_expert_data.py --env-id {args.env_id}` or import_videos.py makes one"
-        sys.exit(f"error: {data_dir} is no whole dataset of {args.env_id} ({e}): {again}; see --data-dir")
-    return metas[0] | {"identity": "+".join(meta.get("identity", "") for meta in metas)}, frames, windows
-
-
 def get_windows(frames, t, device):
     """Windows around t (B,): o_{t-1}, o_t, o_{t+1} as (B, 9, 64, 64) in [-0.5, 0.5], channels-last."""
-    triples = torch.from_numpy(frames[t[:, None] + np.arange(-1, 2)]).to(device)  # (B, 3, 64, 64, 3) uint8
-    window = torch.cat(triples.unbind(1), dim=-1)  # (B, 64, 64, 9) uint8
-    return torch.add(torch.tensor(-0.5, device=device), window.permute(0, 3, 1, 2), alpha=1 / 255)
+    triples = frames[t[:, None] + np.array([-1, 0, 1])]  # (B, 3, 64, 64, 3) uint8
+    triples = torch.from_numpy(triples).to(device)
+    windows = torch.cat(triples.unbind(1), dim=-1)  # (B, 64, 64, 9)
+    return windows.permute(0, 3, 1, 2).float() / 255 - 0.5
 
 
-def load_checkpoint(path, made_by, parts, args):
-    """A finished checkpoint of this game with these parts, on the CPU; refuses all else in one sentence."""
-    unfinished = Path(path).with_name("resume.pt")
-    if unfinished.exists() and not unfinished.with_name("results.json").exists():
-        path = unfinished
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found = [checkpoint[key] for key in ("env_id", "format_version", *parts)][:2]
-        if found != [args.env_id, FORMAT_VERSION]:
-            raise ValueError(f"game and format {found}, expected {[args.env_id, FORMAT_VERSION]}")
-    except Exception as e:  # the unpickler raises many kinds, some with pages of advice
-        why = repr(e) if isinstance(e, (OSError, KeyError, ValueError)) else type(e).__name__
-        sys.exit(f"error: {path} is unusable ({why}): `python {made_by}.py --env-id {args.env_id}` makes one")
-    if path == unfinished and not args.allow_unfinished:
-        sys.exit(f"error: {path.parent} is unfinished: `{checkpoint['command']}`, or --allow-unfinished")
-    return checkpoint
+@torch.no_grad()
+def label(idm, frames, t, device, autocast):
+    """The latent actions (n, latent_dim) that the IDM sees in the windows around t (n,), on the CPU."""
+    latents = []
+    for batch in tqdm(np.split(t, range(512, len(t), 512)), "label", unit="batch", disable=RANK > 0):
+        with autocast:
+            z = idm(get_windows(frames, batch, device))
+        latents.append(z.cpu())
+    return torch.cat(latents)
 
 
 def latent_moments(z):
     """Mean and standard deviation (latent_dim,) of the latents z (n, latent_dim) of all processes."""
-    counts, means, variances = zip(*gathered((len(z), z.mean(0), z.var(0, correction=0))))
-    weights = torch.tensor(counts)[:, None] / sum(counts)  # (processes, 1)
-    means, variances = torch.stack(means), torch.stack(variances)  # (processes, latent_dim)
-    mean = (weights * means).sum(0)
-    variance = (weights * (variances + (means - mean) ** 2)).sum(0)
+    n = sum_over_processes(torch.tensor(float(len(z))))
+    mean = sum_over_processes(len(z) * z.mean(0)) / n
+    variance = sum_over_processes(len(z) * (z.var(0, correction=0) + (z.mean(0) - mean) ** 2)) / n
     return mean, variance.sqrt() + 1e-6
 
 
@@ -239,7 +187,8 @@ def effective_rank(features):
     The eigenvalues are normalised to sum to 1 (Roy & Vetterli 2007).
     """
     variances = torch.linalg.svdvals(features - features.mean(0)) ** 2
-    return torch.special.entr(variances / variances.sum().clamp(min=1e-30)).sum().exp().item()
+    shares = variances / variances.sum().clamp(min=1e-30)
+    return torch.special.entr(shares).sum().exp().item()
 
 
 @torch.no_grad()
@@ -251,270 +200,300 @@ def fold_moments(policy, mean, std):
     policy.std.copy_(std)
 
 
-def average(loss, params):
-    """Averages the gradients over all processes, in place, and returns the mean loss: one all-reduce."""
-    loss, grads = loss.detach(), [p.grad for p in params if p.grad is not None]
-    if WORLD_SIZE > 1:
-        flat = torch.cat([loss.view(1), *(grad.flatten() for grad in grads)])
-        dist.all_reduce(flat)
-        loss, *means = (flat / WORLD_SIZE).split([1, *(grad.numel() for grad in grads)])
-        for grad, mean in zip(grads, means):
-            grad.copy_(mean.view(grad.shape))
-    return loss
+def scheduled_rate(step, args):
+    """Adam's rate at update `step`: from 0.01x to 1x over the warm-up, then linearly to 0."""
+    ends = [0, args.warmup_updates, max(args.warmup_updates + 1, args.num_updates)]
+    return args.learning_rate * float(np.interp(step - 1, ends, [0.01, 1.0, 0.0]))
 
 
-def choose_precision(args, device, step):
-    """The autocast: as --[no-]bf16 says, else bfloat16 if step(), on a few samples, is faster in it here."""
-
-    def speedup(work):  # of bfloat16
-        seconds = []
-        for enabled in (False, True):
-            with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
-                timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-                seconds.append(min(timer.blocked_autorange(min_run_time=0.3).times))
-        return seconds[0] / seconds[1]
-
-    if args.bf16 is None and device.type != "cpu":
-        args.bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    elif args.bf16 is None:
-        ratio = speedup(lambda: torch.ones(256, 256) @ torch.ones(256, 256))
-        ratio = speedup(step) if ratio > 0.2 else ratio  # 0.01: no instructions, a step would take minutes
-        args.bf16 = gathered(ratio > 1.1)[0]
-        print(f"bfloat16: {ratio:.2g}× float32 on this machine (--bf16 or --no-bf16 forces one)")
-    print(f"{args.env_id}: {device}, {'bfloat16' if args.bf16 else 'float32'}")
-    return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
-
-
-def write_whole(path, content):
-    """A whole file or none, text or what torch.save takes: written aside, flushed to disk, then renamed."""
-    aside = Path(f"{path}.tmp")
-    with open(aside, "wb") as f:
-        torch.save(content, f) if path.suffix == ".pt" else f.write(content.encode())
-        f.flush()
-        os.fsync(f.fileno())
-    aside.rename(path)
-
-
-def gathered(x):
-    """The objects x of all processes, on all of them, by rank."""
-    found = [x] * WORLD_SIZE
-    if WORLD_SIZE > 1:
-        dist.all_gather_object(found, x)
-    return found
-
-
-def join_others():
-    """Joins the processes that torchrun started: gloo connects their CPUs, nccl their GPUs; one prints."""
-
-    def report(kind, error, trace):
-        if issubclass(kind, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error)):
-            print(f"error: rank {RANK} of {WORLD_SIZE} lost another: start them all again", file=sys.stderr)
-        else:
-            sys.__excepthook__(kind, error, trace)
-
-    sys.excepthook, sys.stdout = report, sys.stdout if RANK == 0 else open(os.devnull, "w")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()
-    atexit.register(dist.destroy_process_group)
-
-
-def claim(folder, args):
-    """Makes a run folder this process's: returns its lock, and the state of a stopped run, if there is one.
-
-    Refuses a folder that is in use or finished, and a stopped run with other arguments or inputs.
-    """
-    lock, resume = FileLock(folder / ".lock"), folder / "resume.pt"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)
-    except OSError as e:
-        sys.exit(f"error: {folder} is another process's, or read-only ({e}): wait, or try another --exp-name")
-    for name in ("results.json", "resume.pt") if args.overwrite else ():
-        (folder / name).unlink(missing_ok=True)
-    if (folder / "results.json").exists():
-        sys.exit(f"error: {folder} holds a finished run: --overwrite it, or try another --exp-name or --seed")
-    if not resume.exists():
-        return lock, {}
-    state = torch.load(resume, map_location="cpu", weights_only=True)
-    args.bf16 = state["args"]["bf16"] if args.bf16 is None else args.bf16
-    free = ("overwrite", "checkpoint_seconds", "allow_unfinished")
-    changed = {k: v for k, v in state["args"].items() if v != vars(args).get(k) and k not in free}
-    if changed:
-        sys.exit(f"error: {folder} began with {changed}: keep it, --overwrite, or new --exp-name")
-    return lock, state
-
-
-class Run:
-    """The run folder RUNS_DIR/ENV_ID__EXP_NAME__SEED, one process at a time. Nothing of the method is here.
-
-    Files are whole or absent, also after kill -9 or on a full disk: resume.pt, where a stopped run goes on;
-    checkpoint.pt, the networks, for the next stage; results.json, written last.
-    """
-
-    def __init__(self, args, inputs=()):
-        """A stopped run goes on with the same arguments and inputs, the identities of what it reads."""
-        self.args, self.parts, self.state, self.signal = args, {}, {}, 0
-        self.dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
-        if WORLD_SIZE > 1:
-            join_others()
-        args.inputs = list(inputs)
-        if RANK == 0:
-            self.lock, self.state = claim(self.dir, args)
-        self.state, args.bf16 = gathered((self.state, args.bf16))[0]
-        self.meta = {"format_version": FORMAT_VERSION, "stage": Path(__file__).stem, "env_id": args.env_id}
-        start = f"torchrun --standalone --nproc_per_node={WORLD_SIZE} " if WORLD_SIZE > 1 else "python "
-        self.meta["command"] = start + shlex.join(arg for arg in sys.argv if arg != "--overwrite")
-        self.meta |= {"args": vars(args), "identity": self.state.get("identity", os.urandom(16).hex())}
-        self.saved, self.began = time.time(), time.time() - self.state.get("seconds", 0.0)
-        if RANK == 0:
-            self.writer = SummaryWriter(self.dir, purge_step=self.state.get("step", 0) + 1)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
-        print(f"going on in {self.dir}, in the precision it began with" if self.state else f"run {self.dir}")
-
-    def stop(self, number, frame):
-        self.signal = number  # Ctrl-C or SIGTERM: the first asks for a save, a second ends the process
-        if WORLD_SIZE == 1:  # torchrun repeats signals by itself, and kills after 30 s
-            signal.signal(number, signal.SIG_DFL)
-
-    def leave_if_stopped(self):
-        if self.signal:
-            print(f"\nstopped; what is saved in {self.dir} goes on with: {self.meta['command']}")
-            sys.exit(128 + self.signal)  # 130 or 143, as shells expect: a pipeline stops here
-
-    def restore(self, **parts):
-        """Notes what to save, networks and optimizers; a stopped run's are loaded. Returns what was saved."""
-        self.parts, ranks = parts, self.state.get("ranks", [])
-        for name, part in parts.items():
-            if self.state:
-                part.load_state_dict(self.state[name])
-            elif WORLD_SIZE > 1 and hasattr(part, "eval"):  # the same parameters and codebooks on all ranks
-                part.load_state_dict(gathered({key: x.cpu() for key, x in part.state_dict().items()})[0])
-        if len(ranks) == WORLD_SIZE:
-            self.state |= ranks[RANK]
-            torch.set_rng_state(self.state["rng"][0])
-            torch.cuda.set_rng_state_all(self.state["rng"][1:])
-        elif ranks or WORLD_SIZE > 1:  # every rank draws its own from here on
-            torch.manual_seed(self.args.seed + RANK + self.state.get("step", 0))
-            print(f"{WORLD_SIZE} processes" + f", not {len(ranks)} as before: not bit for bit" * bool(ranks))
-        return self.state
-
-    def due(self):
-        """Whether to save: it is time for a rank, or one was sent a signal. All ranks agree."""
-        due = torch.tensor([self.signal, time.time() - self.saved > self.args.checkpoint_seconds], dtype=int)
-        if WORLD_SIZE > 1:
-            dist.all_reduce(due, dist.ReduceOp.MAX)
-        self.signal = int(due[0])
-        return bool(due.any())
-
-    def save(self, step, own=None, **state):
-        """Saves rank 0's parts and `state`, every rank's `own`; then ends the process if it was stopped."""
-        rng = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-        state |= {"step": step, "ranks": gathered((own or {}) | {"rng": rng})}
-        state |= {name: part.state_dict() for name, part in self.parts.items()}
-        if RANK == 0:
-            self.writer.flush()
-            write_whole(self.dir / "resume.pt", self.meta | state | {"seconds": time.time() - self.began})
-        self.saved = time.time()
-        self.leave_if_stopped()
-
-    def finish(self, **results):
-        """Writes checkpoint.pt, then results.json: the results, and what they rest on."""
-        if RANK > 0:
-            return
-        networks = {name: part.state_dict() for name, part in self.parts.items() if hasattr(part, "eval")}
-        write_whole(self.dir / "checkpoint.pt", self.meta | networks)
-        on_gpu, here = self.args.cuda and torch.cuda.is_available(), Path(__file__).resolve().parent
-        device = torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability()
-        commit = subprocess.getoutput(f"git -C '{here}' describe --always --dirty 2>/dev/null")
-        results |= {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
-        results |= {"commit": commit, "wall_seconds": round(time.time() - self.began, 1), **self.meta}
-        write_whole(self.dir / "results.json", json.dumps(results, indent=2))
-        (self.dir / "resume.pt").unlink(missing_ok=True)
-        self.writer.close()
-        print(f"wrote {self.dir}")
-
-
-if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
-    if min(args.num_updates, args.batch_size, args.eval_every) < 1 or args.batch_size % WORLD_SIZE:
-        what = f"must be 1 or more, --batch-size {args.batch_size} a multiple of the {WORLD_SIZE} processes"
-        sys.exit(f"error: --num-updates, --batch-size and --eval-every {what}")
+def main(args):
+    device, autocast = start(args)
     default = f"{args.runs_dir}/{args.env_id}__lapo_pretrain__{args.seed}/checkpoint.pt"
-    pretrained = load_checkpoint(args.pretrain_checkpoint or default, "lapo_pretrain", ["idm", "fdm"], args)
-    data, frames, windows = load_dataset(args)
-    run = Run(args, inputs=[pretrained["identity"], data.get("identity")])
-    run.meta |= {"pretrain_args": pretrained["args"], "data": data}
-    device = (torch.accelerator.current_accelerator(True) if args.cuda else None) or torch.device("cpu")
+    pretrained = load_checkpoint(args.pretrain_checkpoint or default, "lapo_pretrain", args.env_id)
+    data, train, test = load_dataset(args)
+    folder, resumed = open_folder(args)
+    began = time.time() - resumed.get("seconds", 0)
 
-    latent_dim, patch = len(pretrained["idm"]["head.bias"]), pretrained["args"]["patch_size"]
-    differences = pretrained["args"].get("idm_differences", False)
-    idm = IDM(pretrained["args"]["idm_scale"], latent_dim, patch, differences)
+    # the frozen IDM of stage 2, and a new policy
+    torch.manual_seed(args.seed)  # the same on all processes
+    pretrain_args = pretrained["args"]
+    patch_size = pretrain_args["patch_size"]
+    latent_dim = len(pretrained["idm"]["head.bias"])
+    idm = IDM(pretrain_args["idm_scale"], latent_dim, patch_size, pretrain_args["idm_differences"])
     idm.load_state_dict(pretrained["idm"])
     idm = idm.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    torch.manual_seed(args.seed)
-    policy = LatentPolicy(args.policy_scale, latent_dim, patch).to(device, memory_format=torch.channels_last)
+    policy = LatentPolicy(args.policy_scale, latent_dim, patch_size)
+    policy = policy.to(device, memory_format=torch.channels_last)
+    policy.critic.requires_grad_(False)  # has no part in the loss
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)
-    t_test = np.random.default_rng(0).permutation(windows["test"])[:1024]
-    obs_test = torch.from_numpy(frames["test"][t_test]).to(device)  # (1024, 64, 64, 3)
-    autocast = choose_precision(args, device, lambda: policy(obs_test[:16]).square().mean().backward())
-    state = run.restore(policy=policy, optimizer=optimizer, idm=idm)
 
-    # labels: the IDM's latents, computed once; with several processes each labels its windows and learns them
-    t_train = windows["train"][RANK::WORLD_SIZE]
-    labels = run.dir / ("latents.pt" if WORLD_SIZE == 1 else f"latents-{RANK}-of-{WORLD_SIZE}.pt")
-    if not state or not labels.exists():
-        z_train = []
-        for t in tqdm(np.split(t_train, range(512, len(t_train), 512)), "label", unit="batch"):
-            with torch.inference_mode(), autocast:
-                z_train.append(idm(get_windows(frames["train"], t, device)).cpu())
-            run.leave_if_stopped()
-        write_whole(labels, torch.cat(z_train))
-    z_train = torch.load(labels, mmap=True, weights_only=True)  # (n, latent_dim)
-    mean, std = (x.to(device) for x in latent_moments(z_train))  # (latent_dim,)
+    # labels, computed once; with several processes each labels its share of the windows and learns those
+    t_train = train.windows[RANK::WORLD_SIZE]
+    z_train = label(idm, train, t_train, device, autocast)  # (n, latent_dim)
+    mean, std = latent_moments(z_train)
+    mean, std = mean.to(device), std.to(device)  # (latent_dim,)
     if args.standardize_latents:
         policy.mean.copy_(mean)
         policy.std.copy_(std)
-    with torch.no_grad(), autocast:
-        z_test = idm(get_windows(frames["test"], t_test, device))  # (1024, latent_dim)
+    t_test = np.random.default_rng(0).permutation(test.windows)[:1024]
+    obs_test = torch.from_numpy(test[t_test]).to(device)  # (1024, 64, 64, 3) uint8
+    z_test = label(idm, test, t_test, device, autocast).to(device)
 
-    done, curve = state.get("step", 0), state.get("curve", [])
-    warmed_up = [0, args.warmup_updates, max(args.warmup_updates + 1, args.num_updates)]
-    steps = tqdm(range(done + 1, args.num_updates + 1), "clone", args.num_updates, initial=done)
-    for step in steps:
-        lr = args.learning_rate * float(np.interp(step - 1, warmed_up, [0.01, 1.0, 0.0]))
-        optimizer.param_groups[0]["lr"] = lr
-        i = torch.randint(len(z_train), (args.batch_size // WORLD_SIZE,))
+    if resumed:
+        policy.load_state_dict(resumed["policy"])
+        optimizer.load_state_dict(resumed["optimizer"])
+    done = resumed.get("step", 0)
+    curve = resumed.get("curve", [])
+    model = policy
+    if WORLD_SIZE > 1:  # averages gradients
+        model = DistributedDataParallel(policy, forward_sync_buffers=False)
+    if RANK == 0:
+        writer = SummaryWriter(folder, purge_step=done + 1)
+    saved = time.time()
+    updates = range(done + 1, args.num_updates + 1)
+    progress = tqdm(updates, "clone", args.num_updates, initial=done, disable=RANK > 0)
+    for step in progress:
+        # draws that depend on the step alone: a resumed run draws what an uninterrupted one does
+        rng = np.random.default_rng([args.seed, step, RANK])
+        i = rng.integers(len(t_train), size=args.batch_size // WORLD_SIZE)
+        obs = torch.from_numpy(train[t_train[i]]).to(device)  # (B, 64, 64, 3) uint8
+        target = z_train[i].to(device)  # (B, latent_dim)
+
         with autocast:
-            z = policy(torch.from_numpy(frames["train"][t_train[i]]).to(device))
-        loss = F.mse_loss(z / policy.std, z_train[i].to(device) / policy.std)  # the mean cancels
+            z = model(obs)
+        loss = F.mse_loss(z / policy.std, target / policy.std)  # the mean cancels; 1 is what it costs
         optimizer.zero_grad()
         loss.backward()
-        loss = average(loss, policy.parameters())
-        if not torch.isfinite(loss):
-            sys.exit(f"error: loss {loss.item()} at update {step}: lower --learning-rate, or try --no-bf16")
+        lr = scheduled_rate(step, args)
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
 
-        if RANK == 0 and (step % 50 == 0 or step == 1):
-            run.writer.add_scalar("losses/latent_mse", loss.item(), step)
-            run.writer.add_scalar("charts/learning_rate", lr, step)
-            run.writer.add_scalar("charts/SPS", step * args.batch_size / (time.time() - run.began), step)
+        if step % 50 == 0 or step == 1:
+            check_finite(policy, step)
+            if RANK == 0:
+                writer.add_scalar("losses/latent_mse", loss.item(), step)
+                writer.add_scalar("charts/learning_rate", lr, step)
+                writer.add_scalar("charts/SPS", step * args.batch_size / (time.time() - began), step)
         if RANK == 0 and (step % args.eval_every == 0 or step == args.num_updates):
-            with torch.no_grad(), autocast:
-                features = policy.features(obs_test).float()  # (1024, 256)
-                z = policy(obs_test)
-            unexplained = F.mse_loss(z / std, z_test / std).item()  # share of the variance
-            point = {"update": step, "train/latent_mse": loss.item()}
-            point["test/r2"] = 1 - unexplained  # the mean over dimensions
-            point["test/effective_rank"] = effective_rank(features)
-            curve.append(point)
-            for name in ("test/r2", "test/effective_rank"):
-                run.writer.add_scalar(name, point[name], step)
-            steps.set_postfix_str(f"test R² {point['test/r2']:.3f}, rank {point['test/effective_rank']:.1f}")
-        if run.due() or step == args.num_updates:
-            run.save(step, curve=curve)
+            check_finite(policy, step)
+            metrics = evaluate(policy, obs_test, z_test, std, autocast)
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, step)
+            curve.append({"update": step, "train/latent_mse": loss.item(), **metrics})
+            explained, rank = metrics["test/r2"], metrics["test/effective_rank"]
+            progress.set_postfix_str(f"test R² {explained:.3f}, effective rank {rank:.1f}")
+        if RANK == 0 and time.time() - saved > SAVE_SECONDS:
+            check_finite(policy, step)
+            state = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"step": step, "curve": curve, "seconds": time.time() - began}
+            save(folder / "resume.pt", {**describe(args), **state})
+            saved = time.time()
+
+    check_finite(policy, args.num_updates)
     if not args.standardize_latents:
         fold_moments(policy, mean, std)
-    run.finish(**(curve or [{}])[-1], curve=curve)
-    print(f"next: lapo_decode.py or lapo_finetune_ppo.py --env-id {args.env_id} --runs-dir {args.runs_dir}")
+    if RANK == 0:
+        writer.close()
+        networks = {"policy": policy.state_dict(), "idm": pretrained["idm"]}
+        networks |= {"pretrain_args": pretrain_args, "data": data}
+        finish(folder, args, time.time() - began, networks, {**curve[-1], "curve": curve})
+        rank = curve[-1]["test/effective_rank"]
+        if rank < 8:
+            print(f"The features span only {rank:.1f} of 256 directions: what starts from them will be weak")
+        print(f"next: python lapo_decode.py --env-id {args.env_id} --runs-dir {args.runs_dir}")
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
+
+
+# ---- Data, evaluation, run-keeping: nobody has to read on ----
+
+
+@torch.no_grad()
+def evaluate(policy, obs, z, std, autocast):
+    """Metrics on test observations (n, 64, 64, 3) with latents z (n, latent_dim), std those of training."""
+    with autocast:
+        features = policy.features(obs).float()  # (n, 256)
+        guess = policy(obs)
+    unexplained = F.mse_loss(guess / std, z / std).item()  # share of the variance, the mean over dimensions
+    return {"test/r2": 1 - unexplained, "test/effective_rank": effective_rank(features)}
+
+
+class Frames:
+    """The frames (N, 64, 64, 3) uint8 of a split, those of its shards in a row, and the windows in them."""
+
+    def __init__(self, folders):
+        self.folders = folders
+        self.shards = [np.load(folder / "frames.npy", mmap_mode="r") for folder in folders]
+        firsts = [np.load(folder / "first.npy").astype(bool) for folder in folders]
+        for folder, shard, first in zip(folders, self.shards, firsts):
+            if shard.shape != (len(first), 64, 64, 3) or shard.dtype != np.uint8:
+                raise ValueError(f"{folder} has frames {shard.shape} {shard.dtype}, first {first.shape}")
+        self.starts = np.cumsum([0, *map(len, firsts)])
+        self.first = np.concatenate(firsts)  # (N,): this frame does not follow from the one before
+        self.first[self.starts[:-1]] = True
+        # t-1, t, t+1 lie in one episode if neither t nor t+1 begins one
+        self.windows = np.flatnonzero(~self.first[1:-1] & ~self.first[2:]) + 1
+        if len(self.windows) < 2:
+            raise ValueError(f"{folders[0]} has {len(self.windows)} windows")
+
+    def __getitem__(self, t):
+        """Rows t, an array of integers of any shape (...) -> (..., 64, 64, 3)."""
+        if len(self.shards) == 1:
+            return self.shards[0][t]
+        shard_of = np.searchsorted(self.starts, t, side="right") - 1
+        rows = np.empty((*t.shape, 64, 64, 3), dtype=np.uint8)
+        for s in np.unique(shard_of):
+            mine = shard_of == s
+            rows[mine] = self.shards[s][t[mine] - self.starts[s]]
+        return rows
+
+    def labels(self, name):
+        """actions, rewards or returns (N,) of all shards, or None where there are none."""
+        paths = [folder / f"{name}.npy" for folder in self.folders]
+        if not all(path.exists() for path in paths):
+            return None
+        return np.concatenate([np.load(path) for path in paths])
+
+
+def load_dataset(args):
+    """meta.json (of the first shard), and the Frames of the train and the test split."""
+    data_dir = Path(args.data_dir or f"data/{args.env_id}")
+    shards = sorted(data_dir.glob("shard-*")) or [data_dir]
+    try:
+        metas = [json.loads((shard / "meta.json").read_text()) for shard in shards]  # written last
+        for meta in metas:
+            if meta["env_id"] != args.env_id:
+                raise ValueError(f"it is of {meta['env_id']}")
+        train = Frames([shard / "train" for shard in shards])
+        test = Frames([shard / "test" for shard in shards])
+    except (OSError, EOFError, ValueError, TypeError, KeyError) as e:
+        again = f"`python collect_expert_data.py --env-id {args.env_id}` or tools.import_videos makes one"
+        refuse(f"{data_dir} is no whole dataset of {args.env_id} ({e}): {again}; see --data-dir")
+    return metas[0], train, test
+
+
+def load_checkpoint(path, stage, env_id):
+    """What stage.py saved for this game when it finished, on the CPU; all else is refused in a sentence."""
+    again = f"`python {stage}.py --env-id {env_id}` makes one"
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        found = [checkpoint["stage"], checkpoint["env_id"], checkpoint["format_version"]]
+    except FileNotFoundError:
+        refuse(f"{path} is not there, or its run is unfinished: {again}")
+    except Exception as e:  # the unpickler raises many kinds
+        refuse(f"{path} is no checkpoint ({type(e).__name__}): {again}")
+    expected = [stage, env_id, FORMAT_VERSION]
+    if found != expected:
+        refuse(f"{path} is of stage, game and format {found}, expected {expected}: {again}")
+    return checkpoint
+
+
+def refuse(sentence):
+    """Ends the process, and says why; of several processes one says it."""
+    if RANK == 0:
+        tqdm.write(f"error: {sentence}", file=sys.stderr)  # clears the progress bar first
+    sys.exit(1)
+
+
+def start(args):
+    """Joins torchrun's processes. Returns this process's device, and the autocast of its forward passes."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process at once, without a traceback
+    if min(args.num_updates, args.batch_size, args.eval_every) < 1:
+        refuse("--num-updates, --batch-size and --eval-every start at 1")
+    if args.batch_size % WORLD_SIZE:
+        refuse(f"--batch-size {args.batch_size} is no multiple of the {WORLD_SIZE} processes")
+    device = torch.device("cpu")
+    if args.cuda and torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if WORLD_SIZE > 1:
+        dist.init_process_group()
+    bf16 = args.bf16
+    if bf16 is None:
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def sum_over_processes(x):
+    """The sum of the tensors x of all processes, in place."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def open_folder(args):
+    """The run folder, this process's until it ends, and the state of an unfinished run in it, else {}."""
+    folder = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
+    if RANK == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        atexit.register(lock.release)  # it is held as long as something refers to it
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            refuse(f"another process works in {folder}: wait, or choose another --exp-name")
+        if args.overwrite:
+            for name in ("results.json", "checkpoint.pt", "resume.pt"):
+                (folder / name).unlink(missing_ok=True)
+    if WORLD_SIZE > 1:
+        dist.barrier()
+    if (folder / "results.json").exists():
+        refuse(f"{folder} holds a finished run: --overwrite it, or choose another --exp-name")
+    if not (folder / "resume.pt").exists():
+        return folder, {}
+    resumed = torch.load(folder / "resume.pt", map_location="cpu", weights_only=True)
+    for name, value in vars(args).items():
+        if name not in PLACES and value != resumed["args"][name]:
+            was = f"--{name.replace('_', '-')} {resumed['args'][name]}"
+            refuse(f"{folder} holds an unfinished run with {was}: repeat that, or --overwrite it")
+    return folder, resumed
+
+
+def check_finite(network, step):
+    """Ends the process before NaN gets into a saved state."""
+    if not all(p.isfinite().all() for p in network.parameters()):
+        refuse(f"parameters are not finite at update {step}: lower --learning-rate, or try --no-bf16")
+
+
+def describe(args):
+    """What states, checkpoints and results say of their run."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "stage": Path(__file__).stem,
+        "env_id": args.env_id,
+        "args": vars(args),
+        "command": shlex.join(["python", *(arg for arg in sys.argv if arg != "--overwrite")]),
+        "processes": WORLD_SIZE,
+    }
+
+
+def save(path, content):
+    """A whole file or none, also after kill -9: written aside, then renamed."""
+    torch.save(content, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def finish(folder, args, seconds, networks, results):
+    """checkpoint.pt, for the next stage, and last results.json, which makes the run a finished one."""
+    save(folder / "checkpoint.pt", {**describe(args), **networks})
+    device = torch.backends.cpu.get_cpu_capability()
+    if args.cuda and torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    code = Path(__file__).parent
+    machine = {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": subprocess.getoutput(f"git -C '{code}' describe --always --dirty 2>/dev/null"),
+        "wall_seconds": round(seconds, 1),
+    }
+    results = {**results, **machine, **describe(args)}
+    (folder / "results.json.tmp").write_text(json.dumps(results, indent=2))
+    os.replace(folder / "results.json.tmp", folder / "results.json")
+    (folder / "resume.pt").unlink(missing_ok=True)
+    print(f"wrote {folder}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

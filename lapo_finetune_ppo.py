@@ -1,13 +1,16 @@
 """LAPO, stage 5: fine-tune the cloned latent policy with PPO and an online decoder (paper 4.3, 6.1-6.3).
 
-    RL+SL (default)   logits = (action head + decoder(latent policy)) / 2; the decoder learns the actions
-                      from the agent's own transitions, which the IDM labels with latents
-    --no-sl           the action head alone: the paper's "RL, no SL", or after --no-vq its "no VQ"
+The cloned policy pi, frozen, says which latent action the demonstrator would take. While the agent plays, the
+IDM of stage 2 labels its transitions with latents; the agent knows its true actions, so a decoder learns from
+these pairs what a latent means. Beside it PPO trains an action head on the reward.
+    RL+SL (default)   logits = (action head(o_t) + decoder(pi(o_t))) / 2
+    --no-sl           logits = action head(o_t): the paper's "RL, no SL", or after --no-vq its "no VQ"
 
-    python lapo_finetune_ppo.py --env-id bossfight                                # the paper's scale
+    python lapo_finetune_ppo.py --env-id bossfight                                     # the paper's scale
     torchrun --standalone --nproc_per_node=8 lapo_finetune_ppo.py --env-id bossfight   # 8 GPUs
-    python lapo_finetune_ppo.py --env-id coinrun --total-timesteps 245760         # toy
-Reads RUNS_DIR/ENV_ID__lapo_bc__SEED/checkpoint.pt, writes RUNS_DIR/ENV_ID__EXP_NAME__SEED/checkpoint.pt.
+    python lapo_finetune_ppo.py --env-id coinrun --total-timesteps 245760              # toy
+Reads RUNS_DIR/ENV_ID__lapo_bc__SEED/checkpoint.pt, writes RUNS_DIR/ENV_ID__EXP_NAME__SEED/checkpoint.pt. See
+docs/lapo_finetune_ppo.md.
 """
 
 import atexit
@@ -18,9 +21,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -29,16 +34,17 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from gymnasium.wrappers.utils import RunningMeanStd
 from torch.distributions.categorical import Categorical
-from torch.utils.benchmark import Timer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 FORMAT_VERSION = 5  # of checkpoints
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-tqdm = partial(tqdm, disable=RANK > 0)  # one bar, rank 0's
+SAVE_SECONDS = 60  # between the states from which an interrupted run goes on
+PLACES = ("bc_checkpoint", "runs_dir", "overwrite", "cuda")  # no arguments of the method
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 @dataclass
@@ -49,16 +55,8 @@ class Args:
     seed: int = 1  # seed of the experiment
     # data
     bc_checkpoint: str | None = None  # of lapo_bc.py; default RUNS_DIR/ENV_ID__lapo_bc__SEED/checkpoint.pt
-    allow_unfinished: bool = False  # take the checkpoint of an unfinished run, too
     # method
     sl: bool = True  # the online decoder; --no-sl is the paper's ablation
-    gamma: float = 0.999  # the discount factor
-    gae_lambda: float = 0.95  # the lambda of the generalised advantage estimation
-    norm_adv: bool = True  # normalise the advantages per minibatch
-    clip_coef: float = 0.2  # the surrogate clipping coefficient
-    clip_vloss: bool = True  # clip the value loss too, as in the PPO paper's code
-    ent_coef: float = 0.0025  # coefficient of the entropy bonus
-    vf_coef: float = 0.5  # coefficient of the value loss
     decoder_hidden: tuple[int, ...] = (192, 128, 64)  # hidden widths of the decoder
     decoder_frames: tuple[int, int] = (10_000, 400_000)  # frames in which it is refit, on all pairs so far
     decoder_every_update_until: int = 50_000  # frames up to which that is every update, then every 20th
@@ -66,9 +64,16 @@ class Args:
     decoder_batch_size: int = 512  # batch size of a refit
     decoder_learning_rate: float = 1e-3  # Adam's learning rate in a refit
     label_smoothing: float = 0.05  # label smoothing of the decoder's cross-entropy
+    gamma: float = 0.999  # the discount factor
+    gae_lambda: float = 0.95  # the lambda of the generalised advantage estimation
+    norm_adv: bool = True  # normalise the advantages per minibatch
+    clip_coef: float = 0.2  # the surrogate clipping coefficient
+    clip_vloss: bool = True  # clip the value loss too, as in the PPO paper's code
+    ent_coef: float = 0.0025  # coefficient of the entropy bonus
+    vf_coef: float = 0.5  # coefficient of the value loss
     # optimisation
     total_timesteps: int = 4_000_000  # frames of training
-    num_envs: int = 64  # parallel games
+    num_envs: int = 64  # parallel games, of all processes
     num_steps: int = 64  # steps in each game per rollout
     num_minibatches: int = 8  # minibatches per epoch
     update_epochs: int = 3  # epochs over each rollout
@@ -77,13 +82,12 @@ class Args:
     value_head_warmup: tuple[int, int] = (25_000, 50_000)  # frames in which the value head's rises to 1/4
     linear_warmup: tuple[int, int] = (50_000, 200_000)  # frames in which the last Linear's rises to 1/10
     max_grad_norm: float = 0.5  # the maximum norm of the gradient
-    eval_episodes: int = 200  # episodes over which the final agent, and random play, are scored
+    eval_episodes: int = 200  # episodes over which the final agent is scored
     # run
     runs_dir: str = "runs"  # where run folders are made
-    overwrite: bool = False  # replace the run in the run folder; else a finished one is kept, another goes on
-    checkpoint_seconds: float = 60.0  # seconds between checkpoints from which an interrupted run goes on
+    overwrite: bool = False  # begin anew; else a finished run is kept, and an unfinished one goes on
     cuda: bool = True  # use CUDA, or another accelerator that torch knows, where there is one
-    bf16: tyro.conf.DisallowNone[bool | None] = None  # convolutions in bfloat16; default: if faster here
+    bf16: tyro.conf.DisallowNone[bool | None] = None  # convolutions in bfloat16; default: on CUDA GPUs
 
 
 class ResidualBlock(nn.Module):
@@ -96,7 +100,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x):
         # in place where nobody needs the old values: fewer passes over memory
-        return self.conv1(torch.relu_(self.conv0(torch.relu(x)))).add_(x)
+        hidden = torch.relu_(self.conv0(torch.relu(x)))
+        return self.conv1(hidden).add_(x)
 
 
 class ImpalaCNN(nn.Module):
@@ -108,7 +113,9 @@ class ImpalaCNN(nn.Module):
 
     def __init__(self, in_channels, scale, patch_size=1):
         super().__init__()
-        layers = [nn.PixelUnshuffle(patch_size)] if patch_size > 1 else []
+        layers = []
+        if patch_size > 1:
+            layers.append(nn.PixelUnshuffle(patch_size))
         in_channels *= patch_size**2
         for channels in (int(16 * scale), int(32 * scale), int(32 * scale)):
             layers += [
@@ -137,11 +144,13 @@ class IDM(nn.Module):
         self.network = ImpalaCNN(6 if differences else 9, scale, patch_size)
         self.head = nn.Linear(256, latent_dim)
 
-    def see(self, x):
-        return x[:, 3:] - x[:, :6] if self.differences else x
+    def see(self, windows):
+        if self.differences:
+            return windows[:, 3:] - windows[:, :6]
+        return windows
 
-    def forward(self, x):
-        return self.head(self.network(self.see(x))).float()
+    def forward(self, windows):
+        return self.head(self.network(self.see(windows))).float()
 
 
 class Decoder(nn.Module):
@@ -151,9 +160,12 @@ class Decoder(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(latent_dim))
         self.register_buffer("std", torch.ones(latent_dim))
-        widths = [latent_dim, *hidden]
-        layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
-        self.mlp = nn.Sequential(*layers, nn.Linear(widths[-1], num_actions))
+        layers = []
+        width = latent_dim
+        for out in hidden:
+            layers += [nn.Linear(width, out), nn.ReLU()]
+            width = out
+        self.mlp = nn.Sequential(*layers, nn.Linear(width, num_actions))
 
     def forward(self, z):
         return self.mlp((z - self.mean) / self.std)
@@ -183,45 +195,87 @@ class FinetunedAgent(nn.Module):
             frozen.requires_grad_(False)
 
     def load_policy(self, policy):
-        """Takes the weights of the cloned LatentPolicy, its state_dict(); the Linear(., 256) twice."""
-        self.load_state_dict(policy, strict=False)  # network, head and critic: what has the same names there
-        self.frozen_fc.load_state_dict(self.network.fc.state_dict())
-        self.decoder.mean.copy_(policy["mean"])
-        self.decoder.std.copy_(policy["std"])
+        """Takes the state_dict() of the cloned LatentPolicy; its Linear(., 256) twice."""
+        state = self.state_dict() | policy  # network, head and critic have the same names here
+        state["frozen_fc.weight"] = policy["network.fc.weight"]
+        state["frozen_fc.bias"] = policy["network.fc.bias"]
+        state["decoder.mean"] = state.pop("mean")
+        state["decoder.std"] = state.pop("std")
+        self.load_state_dict(state)  # raises if the policy has a name that is none of ours
 
     def features(self, obs, autocast):
         """Observations (B, 64, 64, 3) uint8 -> (B, 32 * scale * (8 / P)^2), all that runs in autocast."""
-        with autocast:  # HWC memory seen as (B, 3, 64, 64) is channels-last already: no copy
-            return self.network.conv(obs.permute(0, 3, 1, 2).float() / 255 - 0.5).float()
+        # HWC memory seen as (B, 3, 64, 64) is channels-last already: no copy
+        x = obs.permute(0, 3, 1, 2).float() / 255 - 0.5
+        with autocast:
+            return self.network.conv(x).float()
 
     def forward(self, features):
         """Logits (B, A), values (B,) (paper section 6.1); the decoder's logits are 0 until its first fit."""
         hidden = torch.relu(self.network.fc(features))  # (B, 256)
-        logits = rl_logits = self.actor(hidden)
+        logits = self.actor(hidden)
         if self.sl:
-            z = self.head(torch.relu(self.frozen_fc(features)))  # (B, latent_dim), standardised
-            decoder_logits = self.decoder(self.decoder.mean + self.decoder.std * z)
-            logits = (rl_logits + decoder_logits) / 2
+            standardised = self.head(torch.relu(self.frozen_fc(features)))  # (B, latent_dim)
+            z = self.decoder.mean + self.decoder.std * standardised  # pi(o_t)
+            logits = (logits + self.decoder(z)) / 2
         return logits, self.critic(hidden).squeeze(-1)
+
+
+def fit_decoder(decoder, z, actions, args):
+    """Fits the decoder anew on latents z (n, latent_dim), actions (n,). Returns the last epoch's accuracy."""
+    for layer in decoder.mlp[::2]:  # between them are ReLUs
+        layer.reset_parameters()
+    decoder.requires_grad_(True)
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=args.decoder_learning_rate)
+    for _ in range(args.decoder_epochs):
+        correct = 0
+        for batch in torch.randperm(len(z), device=z.device).split(args.decoder_batch_size):
+            logits = decoder(z[batch])  # (B, A)
+            loss = F.cross_entropy(logits, actions[batch], label_smoothing=args.label_smoothing)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()  # last, so that PPO's clipping sees none of these gradients
+            correct += (logits.argmax(-1) == actions[batch]).sum()
+    decoder.requires_grad_(False)
+    return correct.item() / len(z)
+
+
+def refit_frames(args):
+    """The frames after which the decoder is refit: after every update at first, then after every 20th.
+
+    Never after the last update: the agent that is scored has the decoder that it was trained with.
+    """
+    if not args.sl:
+        return []
+    batch_size = args.num_steps * args.num_envs
+    first, last = args.decoder_frames
+    refits = []
+    for step in range(batch_size, args.total_timesteps - batch_size + 1, batch_size):
+        early = step <= args.decoder_every_update_until
+        if first <= step <= last and (early or step % (20 * batch_size) == 0):
+            refits.append(step)
+    return refits
+
+
+def scheduled_rate(step, part, args):
+    """Adam's rate of a part after `step` frames: 0, over its warm-up to its peak, then linearly to 0."""
+    ends = [*vars(args)[f"{part['name']}_warmup"], args.total_timesteps]
+    return args.learning_rate * float(np.interp(step, ends, [0.0, part["peak"], 0.0]))
 
 
 class RewardNormalizer:
     """Rewards divided by the running deviation of the discounted return, clipped to +-10 (gym's wrapper)."""
 
     def __init__(self, num_envs, gamma):
-        self.gamma, self.returns, self.stats = gamma, np.zeros(num_envs), RunningMeanStd()
+        self.gamma = gamma
+        self.returns = np.zeros(num_envs)
+        self.stats = RunningMeanStd()  # of this process's games
 
     def __call__(self, reward, done):
         self.returns = self.returns * self.gamma + reward
-        self.stats.update(np.concatenate(gathered(self.returns)))  # of the games of all processes
+        self.stats.update(self.returns)
         self.returns[done] = 0.0
         return np.clip(reward / np.sqrt(self.stats.var + 1e-8), -10, 10)
-
-    def state_dict(self):
-        return {key: float(x) for key, x in vars(self.stats).items()}
-
-    def load_state_dict(self, state):
-        vars(self.stats).update(state)
 
 
 def compute_gae(rewards, values, dones, next_value, next_done, gamma, gae_lambda):
@@ -229,10 +283,15 @@ def compute_gae(rewards, values, dones, next_value, next_done, gamma, gae_lambda
     advantages = torch.zeros_like(rewards)
     lastgaelam = 0
     for t in reversed(range(len(rewards))):
-        nextnonterminal = 1.0 - (next_done if t == len(rewards) - 1 else dones[t + 1])
-        nextvalues = next_value if t == len(rewards) - 1 else values[t + 1]
+        if t == len(rewards) - 1:
+            nextnonterminal = 1.0 - next_done
+            nextvalues = next_value
+        else:
+            nextnonterminal = 1.0 - dones[t + 1]
+            nextvalues = values[t + 1]
         delta = rewards[t] + gamma * nextvalues * nextnonterminal - values[t]
-        advantages[t] = lastgaelam = delta + gamma * gae_lambda * nextnonterminal * lastgaelam
+        lastgaelam = delta + gamma * gae_lambda * nextnonterminal * lastgaelam
+        advantages[t] = lastgaelam
     return advantages
 
 
@@ -243,401 +302,158 @@ def ppo_loss(logits, newvalue, actions, logprobs, advantages, returns, values, a
     ratio = logratio.exp()
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     pg_loss = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
+
     v_loss = (newvalue - returns) ** 2
     if args.clip_vloss:
         v_clipped = values + (newvalue - values).clamp(-args.clip_coef, args.clip_coef)
         v_loss = torch.max(v_loss, (v_clipped - returns) ** 2)
-    v_loss, entropy_loss = 0.5 * v_loss.mean(), action_dist.entropy().mean()
-    approx_kl = ((ratio - 1) - logratio).mean()  # http://joschu.net/blog/kl-approx.html
-    clipfrac = ((ratio - 1.0).abs() > args.clip_coef).float().mean()
+    v_loss = 0.5 * v_loss.mean()
+
+    entropy_loss = action_dist.entropy().mean()
     loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
-    return loss, torch.stack([pg_loss, v_loss, entropy_loss, approx_kl, clipfrac]).detach()
+    metrics = {
+        "policy_loss": pg_loss.detach(),
+        "value_loss": v_loss.detach(),
+        "entropy": entropy_loss.detach(),
+        "approx_kl": ((ratio - 1) - logratio).mean().detach(),  # http://joschu.net/blog/kl-approx.html
+        "clipfrac": ((ratio - 1.0).abs() > args.clip_coef).float().mean(),
+    }
+    return loss, metrics
 
 
-@torch.inference_mode()
-def label_rollout(idm, obs, dones, actions, autocast):
-    """The IDM's latents (n, latent_dim) of windows within one episode, and their true actions (n,).
-
-    The window obs[t], obs[t + 1], obs[t + 2] of obs (T + 2, E, 64, 64, 3) explains actions[t] (T, E);
-    dones[t] (T + 1, E) says that obs[t + 1] begins an episode.
-    """
-    z, a = [], []
-    for t, e in (part.T for part in (dones[:-1] + dones[1:] == 0).nonzero().split(512)):
-        window = torch.cat([obs[t, e], obs[t + 1, e], obs[t + 2, e]], dim=-1)  # (B, 64, 64, 9) uint8
-        with autocast:
-            z.append(idm(window.permute(0, 3, 1, 2).float() / 255 - 0.5))
-        a.append(actions[t, e])
-    return torch.cat(z).cpu(), torch.cat(a).cpu()
+def average_gradients(parameters):
+    """Over all processes, in place, as in CleanRL's ppo_atari_multigpu.py: one all-reduce."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    means = (flat / WORLD_SIZE).split([grad.numel() for grad in grads])
+    for grad, mean in zip(grads, means):
+        grad.copy_(mean.view_as(grad))
 
 
-def fit_decoder(decoder, z, actions, args):
-    """Fits the decoder anew on latents z (n, latent_dim), actions (n,). Returns the last epoch's accuracy."""
-    for layer in decoder.mlp:
-        if isinstance(layer, nn.Linear):
-            layer.reset_parameters()
-    decoder.requires_grad_(True)
-    optimizer = torch.optim.Adam(decoder.parameters(), lr=args.decoder_learning_rate)
-    for _ in range(args.decoder_epochs):
-        correct = 0
-        for batch in torch.randperm(len(z), device=z.device).split(args.decoder_batch_size):
-            logits = decoder(z[batch])
-            correct += (logits.argmax(-1) == actions[batch]).sum().item()
-            loss = F.cross_entropy(logits, actions[batch], label_smoothing=args.label_smoothing)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()  # last, so that PPO's clipping sees none of these gradients
-    decoder.requires_grad_(False)
-    return correct / len(z)
-
-
-def make_env(env_id, num_envs, num_levels, start_level, seed):
-    """E games: act(actions), observe() -> reward (E,), {"rgb": (E, 64, 64, 3) uint8}, first (E,).
-
-    Procgen's, easy mode. Small worlds, and Procgen's games from Python 3.13 on, are of worlds.py.
-    """
-    levels = {"num_levels": num_levels, "start_level": start_level}
-    if sys.version_info >= (3, 13) or env_id in gymnasium.registry:
-        from worlds import make_worlds
-
-        return make_worlds(env_id, num_envs, seed=seed, **levels)
-    import gym_notices.notices
-
-    gym_notices.notices.notices.clear()  # else the next import prints four lines about gym's future
-    from procgen.env import ENV_NAMES, ProcgenGym3Env
-
-    if env_id not in ENV_NAMES:
-        sys.exit(f"error: --env-id {env_id} is none of {', '.join(ENV_NAMES)}, nor a world of gymnasium")
-    levels |= {"distribution_mode": "easy", "rand_seed": seed, "num_threads": min(4, os.cpu_count())}
-    env = ProcgenGym3Env(num_envs, env_id, **levels)
-    env.num_actions = 15
-    return env
-
-
-@torch.inference_mode()
-def evaluate(policy, env, num_episodes, generator, run):
-    """Returns (num_episodes,) of games with actions drawn from softmax(policy(obs, episode)), (B, A).
-
-    An env that ends its episode begins the next in line; every episode counts, however long.
-    """
-    episode, running, returns = np.arange(env.num), np.zeros(env.num), np.full(num_episodes, np.nan)
-    progress = tqdm(total=num_episodes, unit="episode", desc="play", leave=False)
-    while np.isnan(returns).any():
-        run.leave_if_stopped()
-        playing, action = np.flatnonzero(episode < num_episodes), np.zeros(env.num, dtype=np.int32)
-        obs = torch.from_numpy(env.observe()[1]["rgb"][playing]).to(generator.device)
-        probs = policy(obs, episode[playing]).softmax(-1)
-        action[playing] = torch.multinomial(probs, 1, generator=generator).squeeze(-1).cpu().numpy()
-        env.act(action)
-        reward, _, first = env.observe()
-        running += reward
-        for e in np.flatnonzero(first):
-            if episode[e] < num_episodes:
-                returns[episode[e]] = running[e]
-                progress.update()
-            episode[e], running[e] = episode.max() + 1, 0
-    progress.close()
-    env.close()
-    return returns
-
-
-def load_checkpoint(path, made_by, parts, args):
-    """A finished checkpoint of this game with these parts, on the CPU; refuses all else in one sentence."""
-    unfinished = Path(path).with_name("resume.pt")
-    if unfinished.exists() and not unfinished.with_name("results.json").exists():
-        path = unfinished
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found = [checkpoint[key] for key in ("env_id", "format_version", *parts)][:2]
-        if found != [args.env_id, FORMAT_VERSION]:
-            raise ValueError(f"game and format {found}, expected {[args.env_id, FORMAT_VERSION]}")
-    except Exception as e:  # the unpickler raises many kinds, some with pages of advice
-        why = repr(e) if isinstance(e, (OSError, KeyError, ValueError)) else type(e).__name__
-        sys.exit(f"error: {path} is unusable ({why}): `python {made_by}.py --env-id {args.env_id}` makes one")
-    if path == unfinished and not args.allow_unfinished:
-        sys.exit(f"error: {path.parent} is unfinished: `{checkpoint['command']}`, or --allow-unfinished")
-    return checkpoint
-
-
-def average(loss, params):
-    """Averages the gradients over all processes, in place, and returns the mean loss: one all-reduce."""
-    loss, grads = loss.detach(), [p.grad for p in params if p.grad is not None]
+def gather_pairs(pairs):
+    """The decoder's pairs (z (n, latent_dim), actions (n,)) of every process, in a list."""
+    found = [pairs]
     if WORLD_SIZE > 1:
-        flat = torch.cat([loss.view(1), *(grad.flatten() for grad in grads)])
-        dist.all_reduce(flat)
-        loss, *means = (flat / WORLD_SIZE).split([1, *(grad.numel() for grad in grads)])
-        for grad, mean in zip(grads, means):
-            grad.copy_(mean.view(grad.shape))
-    return loss
-
-
-def choose_precision(args, device, step):
-    """The autocast: as --[no-]bf16 says, else bfloat16 if step(), on a few samples, is faster in it here."""
-
-    def speedup(work):  # of bfloat16
-        seconds = []
-        for enabled in (False, True):
-            with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
-                timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-                seconds.append(min(timer.blocked_autorange(min_run_time=0.3).times))
-        return seconds[0] / seconds[1]
-
-    if args.bf16 is None and device.type != "cpu":
-        args.bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    elif args.bf16 is None:
-        ratio = speedup(lambda: torch.ones(256, 256) @ torch.ones(256, 256))
-        ratio = speedup(step) if ratio > 0.2 else ratio  # 0.01: no instructions, a step would take minutes
-        args.bf16 = gathered(ratio > 1.1)[0]
-        print(f"bfloat16: {ratio:.2g}× float32 on this machine (--bf16 or --no-bf16 forces one)")
-    print(f"{args.env_id}: {device}, {'bfloat16' if args.bf16 else 'float32'}")
-    return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
-
-
-def write_whole(path, content):
-    """A whole file or none, text or what torch.save takes: written aside, flushed to disk, then renamed."""
-    aside = Path(f"{path}.tmp")
-    with open(aside, "wb") as f:
-        torch.save(content, f) if path.suffix == ".pt" else f.write(content.encode())
-        f.flush()
-        os.fsync(f.fileno())
-    aside.rename(path)
-
-
-def gathered(x):
-    """The objects x of all processes, on all of them, by rank."""
-    found = [x] * WORLD_SIZE
-    if WORLD_SIZE > 1:
-        dist.all_gather_object(found, x)
+        found = [None] * WORLD_SIZE
+        dist.all_gather_object(found, pairs)
     return found
 
 
-def join_others():
-    """Joins the processes that torchrun started: gloo connects their CPUs, nccl their GPUs; one prints."""
-
-    def report(kind, error, trace):
-        if issubclass(kind, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error)):
-            print(f"error: rank {RANK} of {WORLD_SIZE} lost another: start them all again", file=sys.stderr)
-        else:
-            sys.__excepthook__(kind, error, trace)
-
-    sys.excepthook, sys.stdout = report, sys.stdout if RANK == 0 else open(os.devnull, "w")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()
-    atexit.register(dist.destroy_process_group)
-
-
-def claim(folder, args):
-    """Makes a run folder this process's: returns its lock, and the state of a stopped run, if there is one.
-
-    Refuses a folder that is in use or finished, and a stopped run with other arguments or inputs.
-    """
-    lock, resume = FileLock(folder / ".lock"), folder / "resume.pt"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)
-    except OSError as e:
-        sys.exit(f"error: {folder} is another process's, or read-only ({e}): wait, or try another --exp-name")
-    for name in ("results.json", "resume.pt") if args.overwrite else ():
-        (folder / name).unlink(missing_ok=True)
-    if (folder / "results.json").exists():
-        sys.exit(f"error: {folder} holds a finished run: --overwrite it, or try another --exp-name or --seed")
-    if not resume.exists():
-        return lock, {}
-    state = torch.load(resume, map_location="cpu", weights_only=True)
-    args.bf16 = state["args"]["bf16"] if args.bf16 is None else args.bf16
-    free = ("overwrite", "checkpoint_seconds", "allow_unfinished")
-    changed = {k: v for k, v in state["args"].items() if v != vars(args).get(k) and k not in free}
-    if changed:
-        sys.exit(f"error: {folder} began with {changed}: keep it, --overwrite, or new --exp-name")
-    return lock, state
-
-
-class Run:
-    """The run folder RUNS_DIR/ENV_ID__EXP_NAME__SEED, one process at a time. Nothing of the method is here.
-
-    Files are whole or absent, also after kill -9 or on a full disk: resume.pt, where a stopped run goes on;
-    checkpoint.pt, the networks, for the next stage; results.json, written last.
-    """
-
-    def __init__(self, args, inputs=()):
-        """A stopped run goes on with the same arguments and inputs, the identities of what it reads."""
-        self.args, self.parts, self.state, self.signal = args, {}, {}, 0
-        self.dir = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
-        if WORLD_SIZE > 1:
-            join_others()
-        args.inputs = list(inputs)
-        if RANK == 0:
-            self.lock, self.state = claim(self.dir, args)
-        self.state, args.bf16 = gathered((self.state, args.bf16))[0]
-        self.meta = {"format_version": FORMAT_VERSION, "stage": Path(__file__).stem, "env_id": args.env_id}
-        start = f"torchrun --standalone --nproc_per_node={WORLD_SIZE} " if WORLD_SIZE > 1 else "python "
-        self.meta["command"] = start + shlex.join(arg for arg in sys.argv if arg != "--overwrite")
-        self.meta |= {"args": vars(args), "identity": self.state.get("identity", os.urandom(16).hex())}
-        self.saved, self.began = time.time(), time.time() - self.state.get("seconds", 0.0)
-        if RANK == 0:
-            self.writer = SummaryWriter(self.dir, purge_step=self.state.get("step", 0) + 1)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
-        print(f"going on in {self.dir}, in the precision it began with" if self.state else f"run {self.dir}")
-
-    def stop(self, number, frame):
-        self.signal = number  # Ctrl-C or SIGTERM: the first asks for a save, a second ends the process
-        if WORLD_SIZE == 1:  # torchrun repeats signals by itself, and kills after 30 s
-            signal.signal(number, signal.SIG_DFL)
-
-    def leave_if_stopped(self):
-        if self.signal:
-            print(f"\nstopped; what is saved in {self.dir} goes on with: {self.meta['command']}")
-            sys.exit(128 + self.signal)  # 130 or 143, as shells expect: a pipeline stops here
-
-    def restore(self, **parts):
-        """Notes what to save, networks and optimizers; a stopped run's are loaded. Returns what was saved."""
-        self.parts, ranks = parts, self.state.get("ranks", [])
-        for name, part in parts.items():
-            if self.state:
-                part.load_state_dict(self.state[name])
-            elif WORLD_SIZE > 1 and hasattr(part, "eval"):  # the same parameters and codebooks on all ranks
-                part.load_state_dict(gathered({key: x.cpu() for key, x in part.state_dict().items()})[0])
-        if len(ranks) == WORLD_SIZE:
-            self.state |= ranks[RANK]
-            torch.set_rng_state(self.state["rng"][0])
-            torch.cuda.set_rng_state_all(self.state["rng"][1:])
-        elif ranks or WORLD_SIZE > 1:  # every rank draws its own from here on
-            torch.manual_seed(self.args.seed + RANK + self.state.get("step", 0))
-            print(f"{WORLD_SIZE} processes" + f", not {len(ranks)} as before: not bit for bit" * bool(ranks))
-        return self.state
-
-    def due(self):
-        """Whether to save: it is time for a rank, or one was sent a signal. All ranks agree."""
-        due = torch.tensor([self.signal, time.time() - self.saved > self.args.checkpoint_seconds], dtype=int)
-        if WORLD_SIZE > 1:
-            dist.all_reduce(due, dist.ReduceOp.MAX)
-        self.signal = int(due[0])
-        return bool(due.any())
-
-    def save(self, step, own=None, **state):
-        """Saves rank 0's parts and `state`, every rank's `own`; then ends the process if it was stopped."""
-        rng = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-        state |= {"step": step, "ranks": gathered((own or {}) | {"rng": rng})}
-        state |= {name: part.state_dict() for name, part in self.parts.items()}
-        if RANK == 0:
-            self.writer.flush()
-            write_whole(self.dir / "resume.pt", self.meta | state | {"seconds": time.time() - self.began})
-        self.saved = time.time()
-        self.leave_if_stopped()
-
-    def finish(self, **results):
-        """Writes checkpoint.pt, then results.json: the results, and what they rest on."""
-        if RANK > 0:
-            return
-        networks = {name: part.state_dict() for name, part in self.parts.items() if hasattr(part, "eval")}
-        write_whole(self.dir / "checkpoint.pt", self.meta | networks)
-        on_gpu, here = self.args.cuda and torch.cuda.is_available(), Path(__file__).resolve().parent
-        device = torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability()
-        commit = subprocess.getoutput(f"git -C '{here}' describe --always --dirty 2>/dev/null")
-        results |= {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
-        results |= {"commit": commit, "wall_seconds": round(time.time() - self.began, 1), **self.meta}
-        write_whole(self.dir / "results.json", json.dumps(results, indent=2))
-        (self.dir / "resume.pt").unlink(missing_ok=True)
-        self.writer.close()
-        print(f"wrote {self.dir}")
-
-
-if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
-    T, E = args.num_steps, args.num_envs // WORLD_SIZE  # the games of this process
-    n = len(range(RANK, args.eval_episodes, WORLD_SIZE))  # its share of the episodes
-    if min(T, E, args.num_minibatches, args.update_epochs, n, args.eval_episodes - 1) < 1:
-        sys.exit("error: --num-steps, -envs, -minibatches, --update-epochs: 1 or more, --eval-episodes: 2")
-    batch_size, num_iterations = T * args.num_envs, max(1, args.total_timesteps // (T * args.num_envs))
-    if args.num_envs % WORLD_SIZE or T * E % args.num_minibatches:
-        rollout = f"{T} steps x {args.num_envs} envs / {WORLD_SIZE} processes"
-        sys.exit(f"error: --num-minibatches {args.num_minibatches} does not divide {rollout}")
-    warmups = args.action_head_warmup, args.value_head_warmup, args.linear_warmup
-    if not all(0 <= start < end < args.total_timesteps for start, end in warmups):
-        sys.exit(f"error: warm-ups must rise and end before {args.total_timesteps} frames, not be {warmups}")
+def main(args):
+    device, autocast = start(args)
     default = f"{args.runs_dir}/{args.env_id}__lapo_bc__{args.seed}/checkpoint.pt"
-    cloned = load_checkpoint(args.bc_checkpoint or default, "lapo_bc", ["policy", "idm", "data"], args)
-    pretrain_args, data = cloned["pretrain_args"], cloned["data"]
-    levels = data["num_levels"], data["start_level"]
-    (start, end), early = args.decoder_frames, args.decoder_every_update_until
-    updates = range(batch_size, num_iterations * batch_size, batch_size)  # not after the last one
-    refits = [s for s in updates if start <= s <= end and (s <= early or s // batch_size % 20 == 0)]
-    if args.sl and not refits:
-        sys.exit(f"error: --decoder-frames {start} {end} hold no update but the last: widen them, or --no-sl")
-    env = make_env(args.env_id, E, *levels, args.seed + RANK)
-    run = Run(args, inputs=[cloned["identity"]])
-    run.meta |= {"pretrain_args": pretrain_args, "bc_args": cloned["args"], "data": data}
-    device = (torch.accelerator.current_accelerator(True) if args.cuda else None) or torch.device("cpu")
+    cloned = load_checkpoint(args.bc_checkpoint or default, "lapo_bc", args.env_id)
+    data = cloned["data"]  # the dataset's meta.json: levels, scores of the demonstrator and of random play
+    folder, resumed = open_folder(args)
+    began = time.time() - resumed.get("seconds", 0)
+    T = args.num_steps
+    E = args.num_envs // WORLD_SIZE  # games of this process
+    batch_size = T * args.num_envs  # frames in a rollout of all processes
+    num_iterations = max(1, args.total_timesteps // batch_size)
+    done = resumed.get("iteration", 0)
+    seed = args.seed + RANK + WORLD_SIZE * done  # a resumed run plays new episodes
+    env = make_env(args.env_id, E, data["num_levels"], data["start_level"], seed)
 
-    latent_dim, patch = len(cloned["idm"]["head.bias"]), pretrain_args["patch_size"]
-    idm = IDM(pretrain_args["idm_scale"], latent_dim, patch, pretrain_args.get("idm_differences", False))
+    # the frozen IDM of stage 2, and the agent: the policy of stage 3 with an action head and a decoder
+    torch.manual_seed(args.seed)  # the same on all processes
+    pretrain_args = cloned["pretrain_args"]
+    patch_size = pretrain_args["patch_size"]
+    latent_dim = len(cloned["idm"]["head.bias"])
+    idm = IDM(pretrain_args["idm_scale"], latent_dim, patch_size, pretrain_args["idm_differences"])
     idm.load_state_dict(cloned["idm"])
-    idm = idm.to(device, memory_format=torch.channels_last)
-    torch.manual_seed(args.seed)
-    sizes = cloned["args"]["policy_scale"], patch, latent_dim, args.decoder_hidden
-    agent = FinetunedAgent(*sizes, args.sl, A := env.num_actions)
+    idm = idm.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    sizes = cloned["args"]["policy_scale"], patch_size, latent_dim, args.decoder_hidden
+    agent = FinetunedAgent(*sizes, args.sl, env.num_actions)
     agent.load_policy(cloned["policy"])
     agent = agent.to(device, memory_format=torch.channels_last)
-    groups = [  # what is trained, with its warm-up's frames and the share of the base rate at their end
-        {"params": agent.actor.parameters(), "warmup": args.action_head_warmup, "peak": 0.25},
-        {"params": agent.critic.parameters(), "warmup": args.value_head_warmup, "peak": 0.25},
-        {"params": agent.network.fc.parameters(), "warmup": args.linear_warmup, "peak": 0.1},
+
+    # what PPO trains; a part's rate rises over --NAME-warmup to its peak, a share of the base rate
+    parts = [
+        {"name": "action_head", "params": agent.actor.parameters(), "peak": 0.25},
+        {"name": "value_head", "params": agent.critic.parameters(), "peak": 0.25},
+        {"name": "linear", "params": agent.network.fc.parameters(), "peak": 0.1},
     ]
-    optimizer = torch.optim.Adam(groups, lr=0.0, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam(parts, lr=0.0, eps=1e-5, fused=True)
     normalize_reward = RewardNormalizer(E, args.gamma)
-    next_obs, next_done = torch.tensor(env.observe()[1]["rgb"], device=device), torch.ones(E, device=device)
-    autocast = choose_precision(args, device, lambda: agent.network(next_obs.permute(0, 3, 1, 2) / 255))
+    torch.manual_seed(seed)  # from here on every process draws its own
 
-    # storage
-    obs = torch.zeros((T, E, 64, 64, 3), dtype=torch.uint8, device=device)  # a quarter of float storage
-    features = torch.zeros((T, E, agent.network.fc.in_features), device=device)  # of frozen convolutions
+    # storage; features are of the frozen convolutions, so that PPO's epochs need not compute them again
+    features = torch.zeros((T, E, agent.network.fc.in_features), device=device)
+    latents = torch.zeros((T, E, latent_dim), device=device)
     actions = torch.zeros((T, E), dtype=torch.long, device=device)
-    logprobs, rewards, dones, values = (torch.zeros((T, E), device=device) for _ in range(4))
-    episode_return = np.zeros(E)
-    # o_{t-1} of a rollout's first window is the last observation of the rollout before. Before the very first
-    # there is none, and this one a fake: next_done, 1 there, keeps the window out of the decoder's pairs
-    last_obs = next_obs
-    state = run.restore(agent=agent, optimizer=optimizer, normalize_reward=normalize_reward)
-    ended, curve, pairs = (state.get(key, []) for key in ("ended", "curve", "pairs"))
-    if "env" in state:  # not if other processes than now played the games
-        env.callmethod("set_state", state["env"])
-        next_obs, next_done, last_obs = (state[k].to(device) for k in ("next_obs", "next_done", "last_obs"))
-        episode_return, normalize_reward.returns = (np.array(state[k]) for k in ("episode_return", "returns"))
+    logprobs = torch.zeros((T, E), device=device)
+    rewards = torch.zeros((T, E), device=device)
+    dones = torch.zeros((T, E), device=device)
+    values = torch.zeros((T, E), device=device)
 
-    first_iteration = state.get("step", 0) // batch_size
-    bar = {"total": num_iterations, "initial": first_iteration, "unit": "frame", "unit_scale": batch_size}
-    progress = tqdm(range(first_iteration, num_iterations), "PPO", **bar)
+    # what the decoder learns from: latents z (n, latent_dim) and true actions (n,) of every rollout so far.
+    # They reach 200 MB and have a file of their own, written at every refit: a resumed run lacks later pairs
+    refits = refit_frames(args)
+    last_refit = max(refits, default=0)
+    pairs = []
+    pairs_path = folder / "pairs.pt"
+
+    if resumed:
+        agent.load_state_dict(resumed["agent"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        vars(normalize_reward.stats).update(resumed["reward_stats"])
+        if refits and refits[0] <= done * batch_size < last_refit:
+            pairs = torch.load(pairs_path, weights_only=True)
+    episode_returns = deque(resumed.get("episode_returns", []), maxlen=100)
+    curve = resumed.get("curve", [])
+    if RANK == 0:
+        writer = SummaryWriter(folder, purge_step=done * batch_size + 1)
+    _, frames, _ = env.observe()
+    next_obs = torch.tensor(frames["rgb"], device=device)  # (E, 64, 64, 3) uint8
+    next_done = torch.ones(E, device=device)  # all begin an episode
+    last_obs = next_obs  # o_{t-1}; this one is none, but windows that begin before an episode do not count
+    episode_return = np.zeros(E)
+    saved = time.time()
+    iterations = range(done, num_iterations)
+    progress = tqdm(iterations, "PPO", num_iterations, initial=done, disable=RANK > 0)
     for iteration in progress:
-        for group in optimizer.param_groups:
-            ends, shares = [*group["warmup"], args.total_timesteps], [0.0, group["peak"], 0.0]
-            group["lr"] = args.learning_rate * float(np.interp(iteration * batch_size, ends, shares))
+        for part in optimizer.param_groups:
+            part["lr"] = scheduled_rate(iteration * batch_size, part, args)
 
         # rollout
+        labelling = iteration * batch_size < last_refit  # the decoder will learn from this rollout
         for t in range(T):
-            obs[t], dones[t] = next_obs, next_done
+            obs = next_obs
+            dones[t] = next_done
             with torch.inference_mode():
-                features[t] = agent.features(next_obs, autocast)
+                features[t] = agent.features(obs, autocast)
                 logits, values[t] = agent(features[t])
                 action_dist = Categorical(logits=logits)
                 actions[t] = action_dist.sample()
                 logprobs[t] = action_dist.log_prob(actions[t])
             env.act(actions[t].cpu().numpy().astype(np.int32))
-            reward, next_ob, first = env.observe()
-            next_obs = torch.tensor(next_ob["rgb"], device=device)
+            reward, frames, first = env.observe()
+            next_obs = torch.tensor(frames["rgb"], device=device)
             next_done = torch.tensor(first, dtype=torch.float32, device=device)
-            rewards[t] = torch.tensor(normalize_reward(reward, first), dtype=torch.float32, device=device)
+            rewards[t] = torch.from_numpy(normalize_reward(reward, first)).float()
             episode_return += reward
-            ended += episode_return[first].tolist()
+            episode_returns.extend(episode_return[first].tolist())
             episode_return[first] = 0
+            if labelling:
+                window = torch.cat([last_obs, obs, next_obs], dim=-1).permute(0, 3, 1, 2)  # (E, 9, 64, 64)
+                with torch.inference_mode(), autocast:
+                    latents[t] = idm(window.float() / 255 - 0.5)
+            last_obs = obs
+
+        # advantages
         with torch.inference_mode():
-            next_value = agent(agent.features(next_obs, autocast))[1]
+            _, next_value = agent(agent.features(next_obs, autocast))
         advantages = compute_gae(rewards, values, dones, next_value, next_done, args.gamma, args.gae_lambda)
         returns = advantages + values
 
         # update
-        b_features, b_actions, b_logprobs = features.flatten(0, 1), actions.flatten(), logprobs.flatten()
-        b_advantages, b_returns, b_values = advantages.flatten(), returns.flatten(), values.flatten()
+        b_features = features.flatten(0, 1)
+        b_actions = actions.flatten()
+        b_logprobs = logprobs.flatten()
+        b_advantages = advantages.flatten()
+        b_returns = returns.flatten()
+        b_values = values.flatten()
         logged = []
         for _ in range(args.update_epochs):
             for mb in torch.randperm(T * E, device=device).chunk(args.num_minibatches):
@@ -645,60 +461,270 @@ if __name__ == "__main__":
                 if args.norm_adv:
                     mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
                 logits, newvalue = agent(b_features[mb])
-                batch = b_actions[mb], b_logprobs[mb], mb_advantages, b_returns[mb], b_values[mb]
-                loss, stats = ppo_loss(logits, newvalue, *batch, args)
+                rollout = b_actions[mb], b_logprobs[mb], mb_advantages, b_returns[mb], b_values[mb]
+                loss, metrics = ppo_loss(logits, newvalue, *rollout, args)
+                logged.append(metrics)
                 optimizer.zero_grad()
                 loss.backward()
-                average(loss, agent.parameters())
-                logged.append(stats)
-                norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                if not torch.isfinite(norm):
-                    sys.exit(f"error: gradient norm {norm.item()}: lower --learning-rate, or try --no-bf16")
+                if WORLD_SIZE > 1:
+                    average_gradients(agent.parameters())
+                nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                 optimizer.step()
 
-        # decoder: the IDM labels what was played, and it is refit on all of these latents and actions
-        step = (iteration + 1) * batch_size
-        if args.sl and step <= refits[-1]:
-            stream = torch.cat([last_obs[None], obs, next_obs[None]])  # (T + 2, E, 64, 64, 3)
-            found = label_rollout(idm, stream, torch.vstack([dones, next_done]), actions, autocast)
-            pairs += gathered(found)  # of all processes
-            if step in refits and RANK == 0:
-                accuracy = fit_decoder(agent.decoder, *(torch.cat(x).to(device) for x in zip(*pairs)), args)
-                run.writer.add_scalar("decoder/accuracy", accuracy, step)
-            if step in refits:
-                fitted = {name: x.cpu() for name, x in agent.decoder.state_dict().items()}
-                agent.decoder.load_state_dict(gathered(fitted)[0])
-            pairs = pairs if RANK == 0 and step < refits[-1] else []  # of no use after the last fit
-        last_obs = obs[-1].clone()
+        # online decoder
+        step = (iteration + 1) * batch_size  # frames so far
+        if labelling:
+            firsts = torch.vstack([dones, next_done])  # (T + 1, E)
+            within = firsts[:-1] + firsts[1:] == 0  # (T, E): the window at t lies in one episode
+            pairs += gather_pairs((latents[within].cpu(), actions[within].cpu()))
+        if step in refits:  # the same decoder on all processes
+            if RANK == 0:
+                z, true_actions = (torch.cat(x).to(device) for x in zip(*pairs))
+                accuracy = fit_decoder(agent.decoder, z, true_actions, args)
+                writer.add_scalar("decoder/accuracy", accuracy, step)
+                save(pairs_path, pairs)
+            if WORLD_SIZE > 1:
+                for parameter in agent.decoder.parameters():
+                    dist.broadcast(parameter, src=0)
 
-        if RANK == 0:  # logs, of its games and minibatches
-            if ended:
-                curve.append((step, float(np.mean(ended[-100:]))))
-                run.writer.add_scalar("charts/episodic_return", curve[-1][1], step)
-                progress.set_postfix_str(f"return {curve[-1][1]:.2f}")
-            run.writer.add_scalar("charts/SPS", step / (time.time() - run.began), step)
-            for name, group in zip(("action_head", "value_head", "linear"), optimizer.param_groups):
-                run.writer.add_scalar(f"charts/learning_rate_{name}", group["lr"], step)
+        check_finite(agent, iteration + 1)
+        if RANK == 0:
+            if episode_returns:
+                mean_return = float(np.mean(episode_returns))
+                curve.append((step, mean_return))
+                writer.add_scalar("charts/episodic_return", mean_return, step)
+                progress.set_postfix_str(f"return {mean_return:.2f}")
+            writer.add_scalar("charts/SPS", step / (time.time() - began), step)
+            for part in optimizer.param_groups:
+                writer.add_scalar(f"charts/learning_rate_{part['name']}", part["lr"], step)
+            for name in logged[0]:
+                value = torch.stack([metrics[name] for metrics in logged]).mean()
+                writer.add_scalar(f"losses/{name}", value.item(), step)
             explained_variance = 1 - (b_returns - b_values).var() / b_returns.var()
-            names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance")
-            for name, value in zip(names, [*torch.stack(logged).mean(0), explained_variance]):
-                run.writer.add_scalar(f"losses/{name}", value.item(), step)
-        if run.due() or iteration == num_iterations - 1:
-            own = {"env": env.callmethod("get_state"), "next_obs": next_obs, "next_done": next_done}
-            own |= {"episode_return": episode_return.tolist(), "returns": normalize_reward.returns.tolist()}
-            run.save(step, own | {"last_obs": last_obs}, ended=ended[-100:], curve=curve, pairs=pairs)
+            writer.add_scalar("losses/explained_variance", explained_variance.item(), step)
+        if RANK == 0 and (time.time() - saved > SAVE_SECONDS or iteration + 1 == num_iterations):
+            stats = vars(normalize_reward.stats).items()
+            state = {
+                "agent": agent.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "reward_stats": {name: float(value) for name, value in stats},
+                "episode_returns": list(episode_returns),
+                "iteration": iteration + 1,
+                "curve": curve,
+                "seconds": time.time() - began,
+            }
+            save(folder / "resume.pt", {**describe(args), **state})
+            saved = time.time()
     env.close()
 
-    # returns of the agent, and of random play on the same levels
-    generator = torch.Generator(device).manual_seed(args.seed + RANK)
-    play = [make_env(args.env_id, min(E, n), *levels, args.seed + 1000 + RANK) for _ in range(2)]
-    returns = evaluate(lambda obs, _: agent(agent.features(obs, autocast))[0], play[0], n, generator, run)
-    at_random = evaluate(lambda obs, _: torch.zeros(len(obs), A, device=device), play[1], n, generator, run)
-    returns, at_random, n = *(np.concatenate(gathered(x)) for x in (returns, at_random)), args.eval_episodes
-    results = {"return_mean": float(returns.mean()), "return_stderr": float(returns.std(ddof=1) / n**0.5)}
-    results |= {"episodes": n, "random_mean": float(at_random.mean()), "frames": num_iterations * batch_size}
-    best, worst = data["demonstrator"]["return_mean"], at_random.mean()
-    results["relative_to_demonstrator"] = share = float((returns.mean() - worst) / (best - worst or np.nan))
-    run.finish(**results, returns=returns.tolist(), curve=curve[:: 1 + len(curve) // 1000])
-    print(f"return {returns.mean():.2f} +- {results['return_stderr']:.2f}, {share:.2f} of the demonstrator's")
-    print(f"next: tensorboard --logdir {args.runs_dir}")
+    # returns on the levels of the data, beside those of random play and the demonstrator
+    if RANK == 0:
+        writer.close()
+        pairs_path.unlink(missing_ok=True)
+        played = SimpleNamespace(**vars(args), num_levels=data["num_levels"], start_level=data["start_level"])
+        returns = evaluate(lambda obs: agent(agent.features(obs, autocast))[0], played, device, nullcontext())
+        random_mean = data.get("random", {}).get("return_mean", np.nan)  # own videos have no scores
+        best = data.get("demonstrator", {}).get("return_mean", np.nan)
+        origin = {"pretrain_args": pretrain_args, "bc_args": cloned["args"], "data": data}
+        results = {
+            "return_mean": float(returns.mean()),
+            "return_stderr": float(returns.std(ddof=1) / len(returns) ** 0.5),
+            "episodes": len(returns),
+            "random_mean": random_mean,
+            "relative_to_demonstrator": (returns.mean() - random_mean) / (best - random_mean or np.nan),
+            "frames": num_iterations * batch_size,
+            "returns": returns.tolist(),
+            "curve": curve[:: 1 + len(curve) // 1000],
+        }
+        networks = {"agent": agent.state_dict(), **origin}
+        finish(folder, args, time.time() - began, networks, {**results, **origin})
+        print(
+            "return {return_mean:.2f} +- {return_stderr:.2f}, "
+            "{relative_to_demonstrator:.2f} of the demonstrator's".format(**results)
+        )
+        print(f"next: tensorboard --logdir {args.runs_dir}")
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
+
+
+# ---- Games, evaluation, run-keeping: nobody has to read on ----
+
+
+def make_env(env_id, num_envs, num_levels, start_level, seed):
+    """E games: act(actions), observe() -> reward (E,), {"rgb": (E, 64, 64, 3) uint8}, first (E,).
+
+    Procgen's, easy mode. Small worlds, and Procgen's games from Python 3.13 on, are of tools/worlds.py.
+    """
+    if sys.version_info < (3, 13) and env_id not in gymnasium.registry:
+        import gym_notices.notices
+
+        gym_notices.notices.notices.clear()  # else the next import prints four lines about gym's future
+        from procgen.env import ENV_NAMES, ProcgenGym3Env
+
+        if env_id not in ENV_NAMES:
+            refuse(f"--env-id {env_id} is none of {', '.join(ENV_NAMES)}, nor a world of gymnasium")
+        levels = {"num_levels": num_levels, "start_level": start_level, "rand_seed": seed}
+        threads = min(4, os.cpu_count())
+        env = ProcgenGym3Env(num_envs, env_id, distribution_mode="easy", num_threads=threads, **levels)
+        env.num_actions = 15
+        return env
+    from tools.worlds import make_worlds
+
+    return make_worlds(env_id, num_envs, num_levels, start_level, seed)
+
+
+@torch.inference_mode()
+def evaluate(policy, args, device, autocast):
+    """Returns (eval_episodes,) of games with actions drawn from softmax(policy(obs)), (B, A).
+
+    An env that ends its episode begins the next in line; every episode counts, however long.
+    """
+    seed = args.seed + 1000
+    num_envs = min(args.num_envs, args.eval_episodes)
+    env = make_env(args.env_id, num_envs, args.num_levels, args.start_level, seed)
+    torch.manual_seed(seed)
+    episode = np.arange(num_envs)  # the one that each env plays
+    running = np.zeros(num_envs)
+    returns = np.full(args.eval_episodes, np.nan)
+    progress = tqdm(total=args.eval_episodes, desc="play", unit="episode", leave=False)
+    _, frames, _ = env.observe()
+    while np.isnan(returns).any():
+        with autocast:
+            logits = policy(torch.tensor(frames["rgb"], device=device))
+        action = Categorical(logits=logits).sample()
+        env.act(action.cpu().numpy().astype(np.int32))
+        reward, frames, first = env.observe()
+        running += reward
+        for e in np.flatnonzero(first):
+            if episode[e] < args.eval_episodes:
+                returns[episode[e]] = running[e]
+                progress.update()
+            episode[e] = episode.max() + 1
+            running[e] = 0
+    progress.close()
+    env.close()
+    return returns
+
+
+def load_checkpoint(path, stage, env_id):
+    """What stage.py saved for this game when it finished, on the CPU; all else is refused in a sentence."""
+    again = f"`python {stage}.py --env-id {env_id}` makes one"
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        found = [checkpoint["stage"], checkpoint["env_id"], checkpoint["format_version"]]
+    except FileNotFoundError:
+        refuse(f"{path} is not there, or its run is unfinished: {again}")
+    except Exception as e:  # the unpickler raises many kinds
+        refuse(f"{path} is no checkpoint ({type(e).__name__}): {again}")
+    expected = [stage, env_id, FORMAT_VERSION]
+    if found != expected:
+        refuse(f"{path} is of stage, game and format {found}, expected {expected}: {again}")
+    return checkpoint
+
+
+def refuse(sentence):
+    """Ends the process, and says why; of several processes one says it."""
+    if RANK == 0:
+        tqdm.write(f"error: {sentence}", file=sys.stderr)  # clears the progress bar first
+    sys.exit(1)
+
+
+def start(args):
+    """Joins torchrun's processes. Returns this process's device, and the autocast of its forward passes."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process at once, without a traceback
+    if args.num_envs % WORLD_SIZE or args.num_steps * args.num_envs // WORLD_SIZE % args.num_minibatches:
+        rollout = f"{args.num_steps} steps x {args.num_envs} envs / {WORLD_SIZE} processes"
+        refuse(f"--num-minibatches {args.num_minibatches} does not divide {rollout}")
+    warmups = args.action_head_warmup, args.value_head_warmup, args.linear_warmup
+    if not all(0 <= begin < end < args.total_timesteps for begin, end in warmups):
+        refuse(f"the warm-ups {warmups} must rise, and end before --total-timesteps {args.total_timesteps}")
+    if args.sl and not refit_frames(args):
+        refuse(f"--decoder-frames {args.decoder_frames} hold no update but the last: widen them, or --no-sl")
+    device = torch.device("cpu")
+    if args.cuda and torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if WORLD_SIZE > 1:
+        dist.init_process_group()
+    bf16 = args.bf16
+    if bf16 is None:
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def open_folder(args):
+    """The run folder, this process's until it ends, and the state of an unfinished run in it, else {}."""
+    folder = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
+    if RANK == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        atexit.register(lock.release)  # it is held as long as something refers to it
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            refuse(f"another process works in {folder}: wait, or choose another --exp-name")
+        if args.overwrite:
+            for name in ("results.json", "checkpoint.pt", "resume.pt"):
+                (folder / name).unlink(missing_ok=True)
+    if WORLD_SIZE > 1:
+        dist.barrier()
+    if (folder / "results.json").exists():
+        refuse(f"{folder} holds a finished run: --overwrite it, or choose another --exp-name")
+    if not (folder / "resume.pt").exists():
+        return folder, {}
+    resumed = torch.load(folder / "resume.pt", map_location="cpu", weights_only=True)
+    for name, value in vars(args).items():
+        if name not in PLACES and value != resumed["args"][name]:
+            was = f"--{name.replace('_', '-')} {resumed['args'][name]}"
+            refuse(f"{folder} holds an unfinished run with {was}: repeat that, or --overwrite it")
+    return folder, resumed
+
+
+def check_finite(network, step):
+    """Ends the process before NaN gets into a saved state."""
+    if not all(p.isfinite().all() for p in network.parameters()):
+        refuse(f"parameters are not finite at update {step}: lower --learning-rate, or try --no-bf16")
+
+
+def describe(args):
+    """What states, checkpoints and results say of their run."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "stage": Path(__file__).stem,
+        "env_id": args.env_id,
+        "args": vars(args),
+        "command": shlex.join(["python", *(arg for arg in sys.argv if arg != "--overwrite")]),
+        "processes": WORLD_SIZE,
+    }
+
+
+def save(path, content):
+    """A whole file or none, also after kill -9: written aside, then renamed."""
+    torch.save(content, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def finish(folder, args, seconds, networks, results):
+    """checkpoint.pt, for the next stage, and last results.json, which makes the run a finished one."""
+    save(folder / "checkpoint.pt", {**describe(args), **networks})
+    device = torch.backends.cpu.get_cpu_capability()
+    if args.cuda and torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    code = Path(__file__).parent
+    machine = {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": subprocess.getoutput(f"git -C '{code}' describe --always --dirty 2>/dev/null"),
+        "wall_seconds": round(seconds, 1),
+    }
+    results = {**results, **machine, **describe(args)}
+    (folder / "results.json.tmp").write_text(json.dumps(results, indent=2))
+    os.replace(folder / "results.json.tmp", folder / "results.json")
+    (folder / "resume.pt").unlink(missing_ok=True)
+    print(f"wrote {folder}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

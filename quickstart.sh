@@ -24,22 +24,27 @@ if [ -f "$OUT/results.json" ]; then # all of it is done: this is a new go
     rm -rf "$OUT"/*/ "$OUT" # in this order: interrupted in between, it still counts as finished
 fi
 
-# Ctrl-C reaches the stage as well, and bash waits until that has saved; then no other stage starts.
+# Ctrl-C reaches the stage as well; then no other stage starts.
 stopped=0
 trap 'stopped=130' INT
 trap 'stopped=143' TERM
+
+run() { # NAME arguments of python...
+    local name=$1 status=0
+    shift
+    echo "== $PYTHON $*"
+    "$PYTHON" "$@" || status=$?
+    if [ $status -eq 0 ]; then status=$stopped; fi # a signal to bash alone
+    if [ $status -gt 128 ]; then echo "== stopped in $name: the same command goes on from here" >&2; fi
+    if [ $status -ne 0 ]; then exit $status; fi
+}
 
 stage() { # script flags...: runs it, unless it is finished; one that was interrupted goes on by itself
     if [ -f "$OUT/${ENV_ID}__${1%.py}__$SEED/results.json" ]; then
         echo "== $1 is finished"
         return
     fi
-    echo "== $PYTHON $*"
-    local status=0
-    "$PYTHON" "$@" || status=$?
-    if [ $status -eq 0 ]; then status=$stopped; fi # a signal after the stage's last save, or to bash alone
-    if [ $status -gt 128 ]; then echo "== stopped in $1: the same command goes on from here" >&2; fi
-    if [ $status -ne 0 ]; then exit $status; fi
+    run "$1" "$@"
 }
 
 if [ "$ENV_ID" = FrozenLake-v1 ]; then
@@ -54,7 +59,7 @@ if [ "$ENV_ID" = FrozenLake-v1 ]; then
         --policy-scale 0.5
     stage lapo_decode.py "${COMMON[@]}" --num-labels 16 --eval-episodes 50 --temperature 0.5 \
         --decoder-updates 200 --cloning-updates 200 --policy-batch-size 64
-    stage first.py "${COMMON[@]}"
+    run tools.first_report -m tools.first_report "${COMMON[@]}"
     exit
 fi
 stage collect_expert_data.py "${COMMON[@]}" --expert-checkpoint "experts/$ENV_ID.pt" \
@@ -63,8 +68,8 @@ stage lapo_pretrain.py "${COMMON[@]}" \
     --num-updates 2000 --batch-size 32 --learning-rate 1e-3 --warmup-updates 500 \
     --patch-size 2 --idm-scale 1 --fdm-width 16 --vq-dim 4 --predict-change --eval-every 250 --eval-windows 2048
 stage lapo_bc.py "${COMMON[@]}" \
-    --num-updates 5000 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 --policy-scale 1
+    --num-updates 2000 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 --policy-scale 1
 stage lapo_decode.py "${COMMON[@]}" \
     --num-labels 32 128 512 2048 --num-draws 5 --eval-episodes 200 --temperature 0.5 \
     --decoder-updates 200 --cloning-updates 500 --cloning-learning-rate 3e-3 --policy-batch-size 64
-stage report.py "${COMMON[@]}"
+run tools.quickstart_report -m tools.quickstart_report "${COMMON[@]}"

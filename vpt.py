@@ -9,57 +9,65 @@ policy. Labels, draws, episodes and scores are those of lapo_decode.py.
 
     python vpt.py --env-id bossfight                                              # the paper's widths
     python vpt.py --env-id coinrun --num-labels 32 256 --idm-scale 1 --policy-scale 1 --policy-updates 500
-Reads data/ENV_ID, writes RUNS_DIR/ENV_ID__vpt__SEED/results.json and checkpoint.pt: f and pi of one draw.
+Reads data/ENV_ID, writes RUNS_DIR/ENV_ID__vpt__SEED/results.json and checkpoint.pt: f and pi that were fitted
+on the most labels of the first draw. See docs/vpt.md.
 """
 
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
 import sys
+import time
 import warnings
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import tyro
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from lapo_bc import choose_precision
 from lapo_decode import (
+    FORMAT_VERSION,
     IDM,
     WORLD_SIZE,
     LatentPolicy,
-    Run,
-    fit,
+    apply_to_windows,
+    fit_classifier,
     get_windows,
-    load_actions,
     load_checkpoint,
-    load_dataset,
+    load_labelled_frames,
+    open_folder,
     play,
-    report_accuracy,
+    refuse,
     report_returns,
-    test_accuracy,
+    save,
 )
+
+PLACES = ("data_dir", "runs_dir", "overwrite", "cuda")  # no arguments of the method
 
 
 @dataclass
 class Args:
     # what
-    env_id: str = "bossfight"  # one of Procgen's 16 games, a gymnasium world, or your own videos' name
+    env_id: str = "bossfight"  # a Procgen game, or a gymnasium world
     exp_name: str = Path(__file__).stem  # the run folder is RUNS_DIR/ENV_ID__EXP_NAME__SEED
     seed: int = 1  # seed of the experiment
     # data
-    data_dir: str | None = None  # the dataset, one folder or A:B:C; default data/ENV_ID
+    data_dir: str | None = None  # the dataset; default data/ENV_ID
     pretrain_checkpoint: str | None = None  # of lapo_pretrain.py: f starts from its IDM, else from scratch
     bc_checkpoint: str | None = None  # of lapo_bc.py: pi starts from its policy, else from scratch
-    allow_unfinished: bool = False  # take checkpoints of unfinished runs, too
     # method
     num_labels: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
     """the label counts n: this many training frames come with their true action"""
     num_draws: int = 5  # draws of the labelled frames; results are means over them
-    eval_episodes: int = 100  # episodes per n, over all draws; random play gets at least 100
+    eval_episodes: int = 100  # episodes per n, over all draws
     num_envs: int = 64  # the most games played in parallel
     temperature: float = 1.0  # actions are drawn from softmax(logits / temperature)
     idm_scale: float = 4.0  # width of f's IMPALA-CNN from scratch: 16, 32, 32 channels times this
@@ -75,9 +83,9 @@ class Args:
     weight_decay: float = 1e-2  # decoupled weight decay (AdamW) of both
     # run
     runs_dir: str = "runs"  # where run folders are made
-    overwrite: bool = False  # replace the run in the run folder; else a finished one is kept, another goes on
+    overwrite: bool = False  # begin anew; else a finished run is kept, and an unfinished one goes on
     cuda: bool = True  # use CUDA, or another accelerator that torch knows, where there is one
-    bf16: tyro.conf.DisallowNone[bool | None] = None  # forward passes in bfloat16; default: if faster here
+    bf16: tyro.conf.DisallowNone[bool | None] = None  # forward passes in bfloat16; default: on CUDA GPUs
 
 
 def random_shift(images, pixels):
@@ -85,26 +93,11 @@ def random_shift(images, pixels):
     if pixels == 0:
         return images
     B, H, W, _ = images.shape
-    down, right = torch.randint(-pixels, pixels + 1, (2, B, 1), device=images.device)
-    rows = (torch.arange(H, device=images.device) + down).clamp(0, H - 1)  # (B, H)
-    columns = (torch.arange(W, device=images.device) + right).clamp(0, W - 1)
-    return images[torch.arange(B, device=images.device)[:, None, None], rows[:, :, None], columns[:, None]]
-
-
-def new_networks(num_actions, pretrained, cloned, args, device):
-    """f (B, 9, 64, 64) -> (B, A) and pi (B, 64, 64, 3) -> (B, A): LAPO's networks, A logits for a latent.
-
-    Checkpoints of LAPO, {} for none, bring their convolutions and linear layer; the last layer is new.
-    """
-    a = {"idm_scale": args.idm_scale, "patch_size": args.patch_size} | pretrained.get("args", {})
-    idm = IDM(a["idm_scale"], num_actions, a["patch_size"], a.get("idm_differences", False))
-    scale = cloned.get("args", vars(args))["policy_scale"]
-    policy = LatentPolicy(scale, num_actions, cloned.get("pretrain_args", vars(args))["patch_size"])
-    for network, weights in (idm, pretrained.get("idm")), (policy, cloned.get("policy")):
-        if weights:
-            learned = {name.removeprefix("network."): x for name, x in weights.items() if "network." in name}
-            network.network.load_state_dict(learned)
-    return [network.to(device, memory_format=torch.channels_last) for network in (idm, policy)]
+    device = images.device
+    down, right = torch.randint(-pixels, pixels + 1, (2, B, 1), device=device)
+    rows = (torch.arange(H, device=device) + down).clamp(0, H - 1)  # (B, H)
+    columns = (torch.arange(W, device=device) + right).clamp(0, W - 1)  # (B, W)
+    return images[torch.arange(B, device=device)[:, None, None], rows[:, :, None], columns[:, None]]
 
 
 @torch.no_grad()
@@ -114,23 +107,24 @@ def fit_last_layer(idm, frames, t, actions, windows, autocast):
     Features are standardised by windows around times (m,) that need no label. Each action counts as seen once
     more, at a tenth: one of which there is no label gets a low probability, not none.
     """
-    inputs, A = partial(get_windows, frames, device=actions.device), len(idm.head.bias)
+    num_actions = len(idm.head.bias)
 
     def features(t):
-        with autocast:
-            pieces = [idm.network(idm.see(inputs(i))) for i in np.split(t, range(512, len(t), 512))]
-        return torch.cat(pieces).float().cpu().numpy()  # (n, 256)
+        x = apply_to_windows(lambda x: idm.network(idm.see(x)), frames, t, actions.device, autocast)
+        return x.float().cpu().numpy()  # (n, 256)
 
     scaler = StandardScaler().fit(features(windows))
-    x = np.concatenate([scaler.transform(features(t)), np.zeros((A, 256))])
-    weight = np.repeat([1, 0.1], [len(t), A])
+    x = np.concatenate([scaler.transform(features(t)), np.zeros((num_actions, 256))])
+    y = np.concatenate([actions.cpu().numpy(), np.arange(num_actions)])
+    weight = np.repeat([1, 0.1], [len(t), num_actions])
     probe = LogisticRegression(C=0.01, max_iter=300)
     with warnings.catch_warnings(action="ignore"):  # no convergence: a start is all it has to be
-        probe.fit(x, [*actions.tolist(), *range(A)], weight)
-    coef, intercept = probe.coef_ / scaler.scale_, probe.intercept_
-    intercept = intercept - coef @ scaler.mean_  # the layer sees features as they are
-    if A == 2:  # the logits' difference
-        coef, intercept = np.append(0 * coef, coef, 0), np.append(0, intercept)
+        probe.fit(x, y, weight)
+    coef = probe.coef_ / scaler.scale_  # (A, 256): the layer sees features as they are
+    intercept = probe.intercept_ - coef @ scaler.mean_  # (A,)
+    if num_actions == 2:  # scikit-learn has one row then, the logits' difference
+        coef = np.concatenate([0 * coef, coef])
+        intercept = np.append(0, intercept)
     idm.head.weight.copy_(torch.from_numpy(coef))
     idm.head.bias.copy_(torch.from_numpy(intercept))
 
@@ -143,95 +137,190 @@ def fit_inverse_model(idm, frames, t, actions, windows, args, autocast):
     fit_last_layer(idm, frames, t, actions, windows, autocast)
 
     def inputs(i):
-        windows = get_windows(frames, t[i], actions.device).permute(0, 2, 3, 1)  # (B, 64, 64, 9)
-        return random_shift(windows, args.shift).permute(0, 3, 1, 2)
+        images = get_windows(frames, t[i], actions.device).permute(0, 2, 3, 1)  # (B, 64, 64, 9)
+        return random_shift(images, args.shift).permute(0, 3, 1, 2)
 
-    updates = -(-args.idm_epochs * len(t) // min(args.batch_size, len(t)))
-    return fit(idm, inputs, actions, updates, args.learning_rate, args.batch_size, args, autocast)
+    return fit_classifier(
+        idm,
+        inputs,
+        actions,
+        updates=math.ceil(args.idm_epochs * len(t) / min(args.batch_size, len(t))),
+        learning_rate=args.learning_rate,
+        batch_size=args.batch_size,
+        label_smoothing=args.label_smoothing,
+        weight_decay=args.weight_decay,
+        autocast=autocast,
+    )
 
 
-@torch.no_grad()
 def pseudo_label(idm, frames, t, device, autocast):
     """f's probabilities (n, A) of the actions at times t (n,)."""
-    with autocast:
-        pieces = [idm(get_windows(frames, piece, device)) for piece in np.split(t, range(512, len(t), 512))]
-    return torch.cat(pieces).softmax(-1)
+    return apply_to_windows(idm, frames, t, device, autocast).softmax(-1)
 
 
 def fit_policy(policy, frames, t, probabilities, args, autocast):
     """Trains pi(o_t) -> logits of a_t on pseudo-labels: times (n,), probabilities (n, A)."""
 
     def inputs(i):
-        return random_shift(torch.from_numpy(frames[t[i]]).to(probabilities.device), args.shift)
+        obs = torch.from_numpy(frames[t[i]]).to(probabilities.device)  # (B, 64, 64, 3) uint8
+        return random_shift(obs, args.shift)
 
-    as_they_are = SimpleNamespace(label_smoothing=0.0, weight_decay=args.weight_decay)
-    how = args.policy_updates, args.learning_rate, args.batch_size
-    return fit(policy, inputs, probabilities, *how, as_they_are, autocast)
+    return fit_classifier(
+        policy,
+        inputs,
+        probabilities,
+        updates=args.policy_updates,
+        learning_rate=args.learning_rate,
+        batch_size=args.batch_size,
+        label_smoothing=0.0,  # f's was smoothed
+        weight_decay=args.weight_decay,
+        autocast=autocast,
+    )
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
-    if WORLD_SIZE > 1:
-        sys.exit("error: VPT trains small networks in one process: `python vpt.py`, no torchrun")
-    counts = args.num_draws - 1, args.eval_episodes, args.num_envs, args.batch_size, args.shift + 1
-    if min(*counts, args.idm_epochs, args.policy_updates) < 1 or not args.temperature > 0:
-        least = "--num-draws 2, --shift 0, other counts 1, --temperature more than 0"
-        sys.exit(f"error: a flag is too small, expected at least: {least}")
-    pretrained, cloned = {}, {}
+def main(args):
+    device, autocast = start(args)
+    pretrained = {}
+    cloned = {}
     if args.pretrain_checkpoint:
-        pretrained = load_checkpoint(args.pretrain_checkpoint, "lapo_pretrain", ["idm"], args)
+        pretrained = load_checkpoint(args.pretrain_checkpoint, "lapo_pretrain", args.env_id)
     if args.bc_checkpoint:
-        cloned = load_checkpoint(args.bc_checkpoint, "lapo_bc", ["policy", "pretrain_args"], args)
-    data, frames, windows = load_dataset(args)
-    demonstrator, A = data.get("demonstrator"), data.setdefault("num_actions", 15)
-    actions, labelled = load_actions(frames["train"], windows["train"], A)
-    if not demonstrator:
-        actions_test, t_test = load_actions(frames["test"], windows["test"], A)
-    fewest, most = min(args.num_labels, default=0), max(args.num_labels, default=0)
-    if not 1 <= fewest <= most <= len(labelled):
-        sys.exit(f"error: --num-labels {args.num_labels}: this dataset has {len(labelled)} labelled windows")
-    run = Run(args, inputs=[x.get("identity") for x in (pretrained, cloned, data)])
-    run.meta |= {"stage": "vpt", "data": data}
-    device = (torch.accelerator.current_accelerator(True) if args.cuda else None) or torch.device("cpu")
+        cloned = load_checkpoint(args.bc_checkpoint, "lapo_bc", args.env_id)
+    data, train, actions, labelled = load_labelled_frames(args)
+    folder, resumed = open_folder(args, PLACES)
+    began = time.time() - resumed.get("seconds", 0)
 
-    how = A, pretrained, cloned, args, device
-    idm, policy = kept = new_networks(*how)  # checkpoint.pt's: most labels, first draw
-    few = get_windows(frames["train"], windows["train"][:16], device)
-    autocast = choose_precision(args, device, lambda: idm(few).square().mean().backward())
-    state = run.restore(idm=idm, policy=policy)
-
-    plan = [(n, args.exp_name) for n in args.num_labels]
-    some = windows["train"][:: 1 + len(windows["train"]) // 1024]  # without labels, to standardise features
-    num_episodes = -(-args.eval_episodes // args.num_draws)  # of a policy
-    scores, right = state.get("scores", []), state.get("right", [])  # of every draw that is done
-    for draw in range(len(scores), args.num_draws):
+    known = actions[train.windows] >= 0  # windows whose true action is in the dataset
+    unlabelled = train.windows[:: 1 + len(train.windows) // 1024]  # to standardise features
+    most = max(args.num_labels)
+    num_episodes = math.ceil(args.eval_episodes / args.num_draws)  # of a policy
+    played = resumed.get("played", [])  # returns (len(num_labels), num_episodes) of each draw that is done
+    accuracies = resumed.get("accuracies", [])  # of their pseudo-labels (len(num_labels),)
+    networks = resumed.get("networks")
+    for draw in range(len(played), args.num_draws):
         seed = args.seed * 1000 + draw
         torch.manual_seed(seed)
         # the n labelled windows are the first n of the draw's permutation, as in lapo_decode.py
-        t, policies = np.random.default_rng([args.seed, draw]).permutation(labelled)[:most], []
+        t = np.random.default_rng([args.seed, draw]).permutation(labelled)[:most]
         labels = torch.from_numpy(actions[t]).long().to(device)  # (n,)
-        right.append([])
-        for n, _ in tqdm(plan, f"draw {draw + 1} of {args.num_draws}: fit", unit="policy", leave=False):
-            run.leave_if_stopped()
-            idm, policy = new_networks(*how)
-            fit_inverse_model(idm, frames["train"], t[:n], labels[:n], some, args, autocast)
-            p = pseudo_label(idm, frames["train"], windows["train"], device, autocast)  # (windows, A)
-            policies.append(fit_policy(policy, frames["train"], windows["train"], p, args, autocast))
-            true, known = actions[windows["train"]], np.isin(windows["train"], labelled)
-            right[-1].append(float((p.argmax(-1).cpu().numpy() == true)[known].mean()))
+
+        policies = []
+        draw_accuracies = []
+        for n in tqdm(args.num_labels, f"draw {draw + 1} of {args.num_draws}: fit", unit="n", leave=False):
+            idm, policy = new_networks(data["num_actions"], pretrained, cloned, args, device)
+            fit_inverse_model(idm, train, t[:n], labels[:n], unlabelled, args, autocast)
+            probabilities = pseudo_label(idm, train, train.windows, device, autocast)  # (windows, A)
+            fit_policy(policy, train, train.windows, probabilities, args, autocast)
+            policies.append(policy)
+            guesses = probabilities.argmax(-1).cpu().numpy()
+            right = guesses == actions[train.windows]
+            draw_accuracies.append(float(right[known].mean()))
             if draw == 0 and n == most:
-                for network, fitted in zip(kept, (idm, policy)):
-                    network.load_state_dict(fitted.state_dict())
-        if demonstrator:
-            score = play(policies, num_episodes, seed, data, device, autocast, run)
-        else:
-            score = test_accuracy(policies, frames["test"], t_test, actions_test, device)
-        scores.append(score.tolist())
-        run.save(draw + 1, scores=scores, right=right)
-    accuracy = dict(zip(args.num_labels, np.mean(right, 0).round(4).tolist()))
-    run.meta["pseudo_label_accuracy"] = accuracy
+                networks = {"idm": idm.state_dict(), "policy": policy.state_dict()}  # for checkpoint.pt
+        returns = play(policies, num_episodes, seed, data, args, device, autocast)
+        played.append(returns.tolist())
+        accuracies.append(draw_accuracies)
+        state = {
+            **describe(args),
+            "played": played,
+            "accuracies": accuracies,
+            "networks": networks,
+            "seconds": time.time() - began,
+        }
+        save(folder / "resume.pt", state)
+
+    accuracy = dict(zip(args.num_labels, np.mean(accuracies, 0).round(4).tolist()))
     print(f"right pseudo-labels, by the number of labels: {accuracy}")
-    if demonstrator:
-        report_returns(plan, np.array(scores), data, device, autocast, run)
+    plan = [(n, args.exp_name) for n in args.num_labels]
+    results = report_returns(plan, np.array(played), data)
+    writer = SummaryWriter(folder)
+    for row in results["curve"]:
+        writer.add_scalar(f"{args.exp_name}/return_mean", row["return_mean"], row["n_labels"])
+    writer.close()
+    results = {**results, "pseudo_label_accuracy": accuracy, "data": data}
+    finish(folder, args, time.time() - began, {**networks, "data": data}, results)
+
+
+# ---- Networks of LAPO, run-keeping: nobody has to read on ----
+
+
+def new_networks(num_actions, pretrained, cloned, args, device):
+    """f (B, 9, 64, 64) -> (B, A) and pi (B, 64, 64, 3) -> (B, A): LAPO's networks, A logits for a latent.
+
+    LAPO's checkpoints, {} for none, bring their sizes and all layers but the last, which is new.
+    """
+    if pretrained:
+        sizes = pretrained["args"]
+        idm = IDM(sizes["idm_scale"], num_actions, sizes["patch_size"], sizes["idm_differences"])
+        idm.network.load_state_dict(impala_cnn(pretrained["idm"]))
     else:
-        report_accuracy(plan, np.array(scores), len(t_test), run)
+        idm = IDM(args.idm_scale, num_actions, args.patch_size)
+    if cloned:
+        patch_size = cloned["pretrain_args"]["patch_size"]
+        policy = LatentPolicy(cloned["args"]["policy_scale"], num_actions, patch_size)
+        policy.network.load_state_dict(impala_cnn(cloned["policy"]))
+    else:
+        policy = LatentPolicy(args.policy_scale, num_actions, args.patch_size)
+    idm = idm.to(device, memory_format=torch.channels_last)
+    policy = policy.to(device, memory_format=torch.channels_last)
+    return idm, policy
+
+
+def impala_cnn(state):
+    """The part of an IDM's or a policy's state dict that is its ImpalaCNN's."""
+    return {key.removeprefix("network."): x for key, x in state.items() if key.startswith("network.")}
+
+
+def start(args):
+    """Returns the device, and the autocast of forward passes."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process at once, without a traceback
+    if WORLD_SIZE > 1:
+        refuse("VPT trains small networks in one process: `python vpt.py`, no torchrun")
+    counts = args.num_draws - 1, args.eval_episodes, args.num_envs, args.batch_size, args.shift + 1
+    if min(*counts, args.idm_epochs, args.policy_updates) < 1 or args.temperature <= 0:
+        least = "--num-draws 2, --shift 0, other counts 1"
+        refuse(f"a flag is too small: at least {least}, and --temperature more than 0")
+    device = torch.device("cpu")
+    if args.cuda and torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+    bf16 = args.bf16
+    if bf16 is None:
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def describe(args):
+    """What states, checkpoints and results say of their run."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "stage": Path(__file__).stem,
+        "env_id": args.env_id,
+        "args": vars(args),
+        "command": shlex.join(["python", *(arg for arg in sys.argv if arg != "--overwrite")]),
+        "processes": WORLD_SIZE,
+    }
+
+
+def finish(folder, args, seconds, networks, results):
+    """checkpoint.pt, for the next stage, and last results.json, which makes the run a finished one."""
+    save(folder / "checkpoint.pt", {**describe(args), **networks})
+    device = torch.backends.cpu.get_cpu_capability()
+    if args.cuda and torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    code = Path(__file__).parent
+    machine = {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": subprocess.getoutput(f"git -C '{code}' describe --always --dirty 2>/dev/null"),
+        "wall_seconds": round(seconds, 1),
+    }
+    results = {**results, **machine, **describe(args)}
+    (folder / "results.json.tmp").write_text(json.dumps(results, indent=2))
+    os.replace(folder / "results.json.tmp", folder / "results.json")
+    (folder / "resume.pt").unlink(missing_ok=True)
+    print(f"wrote {folder}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

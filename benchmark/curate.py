@@ -8,7 +8,6 @@ the frames whose next one differs, 65,536 and 8,192 at most. returns.npy stays w
 """
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import tyro
 
 LIMITS = {"train": 65536, "test": 8192}  # frames of the small scale
+ARRAYS = ("frames", "first", "actions", "rewards", "returns")
 
 
 @dataclass
@@ -27,39 +27,53 @@ class Args:
 
 def keep(frames, first, returns, least):
     """Rows (K,) to keep of frames (N, 64, 64, 3), first and returns (N,): see above."""
-    kept = []
-    for part in np.array_split(np.flatnonzero(returns >= least), 1 + len(first) // 4096):  # 50 MB at a time
-        after = np.minimum(part + 1, len(first) - 1)
-        moves = (frames[part] != frames[after]).any((1, 2, 3))
-        kept.append(part[moves | first[after] | (part == after)])
-    return np.concatenate(kept)
+    good = np.flatnonzero(returns >= least)
+    chosen = []
+    for rows in np.array_split(good, 1 + len(first) // 4096):  # 50 MB at a time
+        after = np.minimum(rows + 1, len(first) - 1)
+        moves = frames[rows] != frames[after]
+        moves = moves.any((1, 2, 3))
+        last = first[after] | (rows == after)
+        chosen.append(rows[moves | last])
+    return np.concatenate(chosen)
 
 
 def begins(rows, first):
     """`first` (K,) of the rows that are kept."""
     episode = np.cumsum(first)[rows]
-    return np.append(True, episode[1:] != episode[:-1])
+    changes = episode[1:] != episode[:-1]
+    return np.append(True, changes)
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+def main(args):
     if (args.target / "meta.json").exists():
         sys.exit(f"error: {args.target} holds a dataset: remove it, or name another folder")
     if not (args.source / "meta.json").exists():
         sys.exit(f"error: {args.source} holds no dataset: collect_expert_data.py makes one")
     meta = json.loads((args.source / "meta.json").read_text())
-    first, returns = (np.load(args.source / "train" / f"{name}.npy") for name in ("first", "returns"))
+    train = args.source / "train"
+    first = np.load(train / "first.npy")
+    returns = np.load(train / "returns.npy")
     least = float(np.nanmedian(returns[first]))
     for split, limit in LIMITS.items():
-        names = "frames", "first", "actions", "rewards", "returns"
-        old = {name: np.load(args.source / split / f"{name}.npy", mmap_mode="r") for name in names}
-        rows = keep(old["frames"], old["first"], old["returns"], least)[:limit]
-        new = {name: old[name][rows] for name in names}
-        new["first"] = begins(rows, old["first"])
-        (args.target / split).mkdir(parents=True, exist_ok=True)
-        for name, array in new.items():
-            np.save(args.target / split / f"{name}.npy", array)
+        folder = args.source / split
+        old = {}
+        for name in ARRAYS:
+            old[name] = np.load(folder / f"{name}.npy", mmap_mode="r")
+        rows = keep(old["frames"], old["first"], old["returns"], least)
+        rows = rows[:limit]
+        target = args.target / split
+        target.mkdir(parents=True, exist_ok=True)
+        for name, array in old.items():
+            new = array[rows]
+            if name == "first":
+                new = begins(rows, array)
+            np.save(target / f"{name}.npy", new)
         meta["splits"][split]["num_frames"] = len(rows)
         print(f"{split}: {len(rows)} of {len(old['first'])} frames, of episodes with {least:g} or more")
-    meta |= {"identity": os.urandom(16).hex(), "curated": {"source": meta["identity"], "least_return": least}}
+    meta["curated"] = {"source": str(args.source), "least_return": least}
     (args.target / "meta.json").write_text(json.dumps(meta, indent=2))  # last: it makes a dataset
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

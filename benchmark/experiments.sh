@@ -75,7 +75,7 @@ stochastic | bottleneck | transfer | delay | video)
     ;;
 esac
 
-run() { # SCRIPT RUN_NAME SEED flags...: skips a finished run; AFTER names the run that it starts from
+run() { # SCRIPT RUN_NAME SEED flags...: skips a finished run; AFTER names the run that it starts from. -m MODULE: a tool
     local script=$1 name=$2 seed=$3
     shift 3
     local results=$OUT/${ENV_ID}__${name}__$seed/results.json
@@ -92,7 +92,8 @@ run() { # SCRIPT RUN_NAME SEED flags...: skips a finished run; AFTER names the r
         return
     fi
     echo "== $PYTHON $command"
-    "$PYTHON" "$script" --env-id "$ENV_ID" --exp-name "$name" --seed "$seed" --runs-dir "$OUT" "$@"
+    # shellcheck disable=SC2086 # a tool's script is two words
+    "$PYTHON" $script --env-id "$ENV_ID" --exp-name "$name" --seed "$seed" --runs-dir "$OUT" "$@"
 }
 
 if [ "$SCALE" = paper ]; then run ppo_procgen.py ppo_procgen 1; fi # the demonstrator
@@ -102,7 +103,7 @@ if [ "$CURATE" = 1 ] && [ ! -f "$DATA/meta.json" ]; then "$PYTHON" benchmark/cur
 of() { echo "$OUT/${ENV_ID}__${1}__$seed/checkpoint.pt"; } # the checkpoint of a run, of this seed
 for seed in "$@"; do
     AFTER=collect_expert_data__1 run lapo_pretrain.py lapo_pretrain "$seed" --data-dir "$DATA" "${PRETRAIN[@]}"
-    AFTER=lapo_pretrain__$seed run lapo_inspect.py lapo_inspect "$seed" --data-dir "$DATA" --eval-windows 2048 \
+    AFTER=lapo_pretrain__$seed run "-m tools.inspect_latents" inspect_latents "$seed" --data-dir "$DATA" --eval-windows 2048 \
         --action-updates 600
     AFTER=lapo_pretrain__$seed run lapo_bc.py lapo_bc "$seed" --data-dir "$DATA" "${BC[@]}"
     AFTER=lapo_bc__$seed
@@ -117,7 +118,7 @@ for seed in "$@"; do
         run lapo_finetune_ppo.py rl_no_sl "$seed" --no-sl "${FINETUNE[@]}"
         AFTER=collect_expert_data__1 run ppo_procgen.py ppo_from_scratch "$seed" "${PPO[@]}"
         AFTER=collect_expert_data__1 run lapo_pretrain.py lapo_pretrain_no_vq "$seed" --no-vq --data-dir "$DATA" "${PRETRAIN[@]}"
-        AFTER=lapo_pretrain_no_vq__$seed run lapo_inspect.py lapo_inspect_no_vq "$seed" --data-dir "$DATA" \
+        AFTER=lapo_pretrain_no_vq__$seed run "-m tools.inspect_latents" inspect_latents_no_vq "$seed" --data-dir "$DATA" \
             --pretrain-checkpoint "$(of lapo_pretrain_no_vq)" --eval-windows 2048
         AFTER=lapo_pretrain_no_vq__$seed run lapo_bc.py lapo_bc_no_vq "$seed" --data-dir "$DATA" \
             --pretrain-checkpoint "$(of lapo_pretrain_no_vq)" "${BC[@]}"

@@ -72,17 +72,20 @@ class Args:
     resamples: int = 2000  # of the bootstrap
 
 
+def to_number(text):
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def read(path, scale):
     """A CSV's rows of one scale as dictionaries, numbers as numbers."""
-
-    def number(text):
-        try:
-            return float(text)
-        except ValueError:
-            return text
-
-    rows = [row for row in csv.DictReader(path.open(newline="")) if row["scale"] == scale]
-    return [{key: text if key == "returns" else number(text) for key, text in row.items()} for row in rows]
+    rows = []
+    for row in csv.DictReader(path.open(newline="")):
+        if row["scale"] == scale:
+            rows.append({key: text if key == "returns" else to_number(text) for key, text in row.items()})
+    return rows
 
 
 def returns_of(row):
@@ -90,32 +93,41 @@ def returns_of(row):
     return [np.array(draw.split(), dtype=float) for draw in row["returns"].split("|")]
 
 
-def resampled(draws, rng):
-    """Mean return of a seed's draws, [(episodes,)]; draws and episodes are resampled."""
-    return np.mean([rng.choice(draw, len(draw)).mean() for draw in pick(draws, rng)])
-
-
 def pick(items, rng):
     """As many of the items, drawn with replacement."""
     return [items[i] for i in rng.integers(len(items), size=len(items))]
+
+
+def resampled(draws, rng):
+    """Mean return of a seed's draws, [(episodes,)]; draws and episodes are resampled."""
+    means = []
+    for draw in pick(draws, rng):
+        again = rng.choice(draw, len(draw))
+        means.append(again.mean())
+    return np.mean(means)
 
 
 class Scores:
     """Scores of methods from runs.csv, on the scale where random play is 0 and the demonstrator 1."""
 
     def __init__(self, rows, resamples):
-        self.resamples, self.groups = resamples, defaultdict(dict)  # of a game, method, n_labels: {seed: row}
+        self.resamples = resamples
+        self.groups = defaultdict(dict)  # of a game, method, n_labels: {seed: row}
         for row in rows:
             self.groups[row["env_id"], row["method"], row["n_labels"]][row["seed"]] = row
         self.games = sorted({env_id for env_id, method, _ in self.groups if method == "demonstrator"})
-        self.found, self.random, self.demonstrator = {}, {}, {}
+        self.found = {}  # bootstraps
+        self.random = {}
+        self.demonstrator = {}
         for g in self.games:
             at_random = self.interval(g, "random") or PAPER_SCORES[g]
-            self.random[g], self.demonstrator[g] = at_random[0], self.interval(g, "demonstrator")[0]
+            self.random[g] = at_random[0]
+            self.demonstrator[g] = self.interval(g, "demonstrator")[0]
 
     def returns(self, env_id, method, n_labels=""):
         """[draws] of every seed."""
-        return [returns_of(row) for row in self.groups.get((env_id, method, n_labels), {}).values()]
+        of_seeds = self.groups.get((env_id, method, n_labels), {})
+        return [returns_of(row) for row in of_seeds.values()]
 
     def label_counts(self, env_id, method):
         return sorted(n for g, m, n in self.groups if (g, m) == (env_id, method) and n != "")
@@ -123,16 +135,24 @@ class Scores:
     def bootstrap(self, *key):
         """Means (resamples,) with seeds, draws and episodes of a game, method and n_labels drawn again."""
         if key not in self.found:
-            seeds, rng = self.returns(*key), np.random.default_rng(zlib.crc32(repr(key).encode()))
-            again = ([resampled(draws, rng) for draws in pick(seeds, rng)] for _ in range(self.resamples))
-            self.found[key] = np.array([np.mean(of_seeds) for of_seeds in again])
+            seeds = self.returns(*key)
+            rng = np.random.default_rng(zlib.crc32(repr(key).encode()))
+            means = []
+            for _ in range(self.resamples):
+                of_seeds = [resampled(draws, rng) for draws in pick(seeds, rng)]
+                means.append(np.mean(of_seeds))
+            self.found[key] = np.array(means)
         return self.found[key]
 
     def interval(self, *key):
         """Mean return, its 95% interval, number of seeds and of episodes; None if there are no runs."""
-        if seeds := self.returns(*key):
-            mean, episodes = np.mean([np.mean(draws) for draws in seeds]), sum(map(np.size, sum(seeds, [])))
-            return mean, *np.percentile(self.bootstrap(*key), [2.5, 97.5]), len(seeds), episodes
+        seeds = self.returns(*key)
+        if not seeds:
+            return None
+        mean = np.mean([np.mean(draws) for draws in seeds])
+        low, high = np.percentile(self.bootstrap(*key), [2.5, 97.5])
+        episodes = sum(len(draw) for draws in seeds for draw in draws)
+        return mean, low, high, len(seeds), episodes
 
     def relative(self, env_id, value):
         """Return -> share of the demonstrator's above random."""
@@ -140,27 +160,34 @@ class Scores:
 
     def over_games(self, *key):
         """Mean of the games' shares of a method, n_labels; its 95% interval; None unless all have runs."""
-        if not all(self.returns(g, *key) for g in self.games):
-            return None
-        shares, again = [self.relative(g, self.interval(g, *key)[0]) for g in self.games], []
+        shares = []
+        again = []  # of every game (resamples,)
         for g in self.games:
-            low = self.bootstrap(g, "random") if self.returns(g, "random") else self.random[g]
-            again.append((self.bootstrap(g, *key) - low) / (self.bootstrap(g, "demonstrator") - low))
-        return np.mean(shares), *np.percentile(np.mean(again, 0), [2.5, 97.5])
+            found = self.interval(g, *key)
+            if not found:
+                return None
+            shares.append(self.relative(g, found[0]))
+            low = self.random[g]
+            if self.returns(g, "random"):
+                low = self.bootstrap(g, "random")
+            high = self.bootstrap(g, "demonstrator")
+            again.append((self.bootstrap(g, *key) - low) / (high - low))
+        low, high = np.percentile(np.mean(again, axis=0), [2.5, 97.5])
+        return np.mean(shares), low, high
 
 
-def style(method, **more):
+def style(method):
     """Colour, marker and name of a method, for matplotlib."""
-    return dict(zip(("label", "color", "marker"), LOOKS[method])) | more
+    label, color, marker = LOOKS[method]
+    return {"label": label, "color": color, "marker": marker}
 
 
 def panels(n, width, height):
     """A figure of n panels, in two rows if they are more than four: figure, axes."""
-    rows = 1 + (n > 4)
+    rows = 2 if n > 4 else 1
     columns = -(-n // rows)
-    fig, axes = plt.subplots(
-        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"
-    )
+    size = (width * columns, height * rows)
+    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat[n:]:
         ax.remove()
     return fig, axes.flat[:n]
@@ -177,78 +204,123 @@ def draw_ends(ax, low, high, at_random=None, demonstrator=None):
     ax.axhline(low, color=LOOKS["random"][1], ls=":", lw=1.2, label=at_random)
 
 
+def draw_intervals(ax, counts, intervals, i, **look):
+    """Means with their intervals, [(mean, low, high, ...)], of the i-th method against label counts."""
+    mean = np.array([found[0] for found in intervals])
+    low = np.array([found[1] for found in intervals])
+    high = np.array([found[2] for found in intervals])
+    spread = np.maximum(0, [mean - low, high - mean])
+    beside = np.array(counts) * 2 ** (0.12 * i - 0.2)  # so that intervals do not hide each other
+    ax.errorbar(beside, mean, spread, capsize=2, **look)
+
+
+def count_labels(ax):
+    ax.set_xlabel("labelled frames")
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+
+
 def two_axes(ax, scores, env_id):
     """Lines for random play and the demonstrator, and the paper's second axis: 0 random, 1 demonstrator."""
-    low, high = scores.random[env_id], scores.demonstrator[env_id]
+    low = scores.random[env_id]
+    high = scores.demonstrator[env_id]
     draw_ends(ax, low, high, f"random ({low:.1f})", f"demonstrator ({high:.1f})")
     functions = (lambda y: (y - low) / (high - low)), (lambda y: y * (high - low) + low)
     ax.secondary_yaxis("right", functions=functions).set_ylabel("share of the demonstrator's")
-    ax.set(title=env_id, ylabel="mean return of an episode")
+    ax.set_title(env_id)
+    ax.set_ylabel("mean return of an episode")
+
+
+def curve_of(curves, env_id, method):
+    """Frames (F,) that all seeds have, and returns (seeds, F) of an online run; None without any."""
+    runs = defaultdict(dict)  # of each seed {frames: return}
+    for row in curves:
+        if row["env_id"] == env_id and row["method"] == method:
+            runs[row["seed"]][row["frames"]] = row["return"]
+    if not runs:
+        return None
+    frames = sorted(set.intersection(*map(set, runs.values())))
+    if not frames:
+        return None
+    returns = [[run[f] for f in frames] for run in runs.values()]
+    return np.array(frames), np.array(returns)
 
 
 def plot_online(curves, scores, path):
     """Training return against frames, a panel a game, and the mean over games."""
-    games = [g for g in scores.games if any(row["env_id"] == g for row in curves)]
+    with_curves = {row["env_id"] for row in curves}
+    games = [g for g in scores.games if g in with_curves]
     if not games:
         return
     fig, axes = panels(len(games) + 1, 5.2, 4.4)
     over_games = defaultdict(list)  # method -> [(frames in thousands, mean share)]
     for ax, env_id in zip(axes, games):
         for method in ONLINE:
-            runs = defaultdict(dict)
-            for row in curves:
-                if (row["env_id"], row["method"]) == (env_id, method):
-                    runs[row["seed"]][row["frames"]] = row["return"]
-            frames = sorted(set.intersection(*map(set, runs.values()))) if runs else []
-            if not frames:
+            found = curve_of(curves, env_id, method)
+            if found is None:
                 continue
-            y = np.array([[run[f] for f in frames] for run in runs.values()])  # (seeds, frames)
-            thousands, look = np.array(frames) / 1000, style(method, marker=None)
-            look["label"] += f" (seeds: {len(runs)})"
-            ax.plot(thousands, y.mean(0), lw=2, **look, zorder=3)
-            ax.fill_between(thousands, y.min(0), y.max(0), color=look["color"], alpha=0.18, lw=0)
+            thousands = found[0] / 1000
+            y = found[1]  # (seeds, frames)
+            label, color, _ = LOOKS[method]
+            ax.plot(thousands, y.mean(0), lw=2, color=color, label=f"{label} (seeds: {len(y)})", zorder=3)
+            ax.fill_between(thousands, y.min(0), y.max(0), color=color, alpha=0.18, lw=0)
             over_games[method].append((thousands, scores.relative(env_id, y.mean(0))))
         two_axes(ax, scores, env_id)
-        ax.set(title=f"{env_id} (band: lowest to highest seed)", xlabel="thousand frames")
+        ax.set_title(f"{env_id} (band: lowest to highest seed)")
+        ax.set_xlabel("thousand frames")
         ax.legend(fontsize=7)
-    ax = axes[-1]
-    for method, lines in over_games.items():
-        if len(lines) == len(games):
-            x = lines[0][0]  # other games may have points elsewhere
-            y = np.mean([np.interp(x, *line) for line in lines], axis=0)
-            ax.plot(x, y, lw=2, **style(method, marker=None))
-            ax.plot([], [], " ", label=f"   (paper, 4M frames: {PAPER_SHARES[method]:.2f})")
-    draw_ends(ax, 0, 1)
-    ax.set(title=f"mean of the games ({len(games)})", xlabel="thousand frames")
-    ax.set_ylabel("share of the demonstrator's return above random")
-    ax.legend(fontsize=7)
+    plot_online_mean(axes[-1], over_games, len(games))
     text = "Online: return of the last 100 training episodes (fewer at the very start). "
     save(fig, path, text + "Do LAPO's lines rise sooner than the orange one?")
 
 
+def plot_online_mean(ax, over_games, num_games):
+    """The mean of all games, of lines {method: [(frames in thousands, share)]}."""
+    for method, lines in over_games.items():
+        if len(lines) == num_games:
+            x, _ = lines[0]  # other games may have points elsewhere
+            shares = [np.interp(x, *line) for line in lines]
+            label, color, _ = LOOKS[method]
+            ax.plot(x, np.mean(shares, axis=0), lw=2, color=color, label=label)
+            ax.plot([], [], " ", label=f"   (paper, 4M frames: {PAPER_SHARES[method]:.2f})")
+    draw_ends(ax, 0, 1)
+    ax.set_title(f"mean of the games ({num_games})")
+    ax.set_xlabel("thousand frames")
+    ax.set_ylabel("share of the demonstrator's return above random")
+    ax.legend(fontsize=7)
+
+
+def paper_share(env_id, value):
+    """The share of the paper's expert's return above random play."""
+    random, expert = PAPER_SCORES[env_id]
+    return (value - random) / (expert - random)
+
+
 def plot_offline(scores, offline, path):
     """Return against the number of labels, a panel a game."""
-    games = [g for g in scores.games if any(env_id == g and n != "" for env_id, _, n in scores.groups)]
+    with_labels = {env_id for env_id, _, n in scores.groups if n != ""}
+    games = [g for g in scores.games if g in with_labels]
     if not games:
         return
     fig, axes = panels(len(games), 6.4, 4.6)
     for ax, env_id in zip(axes, games):
         for i, method in enumerate(offline):
-            if counts := scores.label_counts(env_id, method):
-                y = np.array([scores.interval(env_id, method, n)[:3] for n in counts])
-                beside = np.array(counts) * 2 ** (0.12 * i - 0.2)  # so that intervals do not hide each other
-                look, spread = style(method), np.maximum(0, [y[:, 0] - y[:, 1], y[:, 2] - y[:, 0]])
-                look["label"] += f" (seeds: {scores.interval(env_id, method, counts[-1])[3]})"
-                ax.errorbar(beside, y[:, 0], spread, lw=1.8, ms=5, elinewidth=0.8, capsize=2, **look)
+            counts = scores.label_counts(env_id, method)
+            if not counts:
+                continue
+            intervals = [scores.interval(env_id, method, n) for n in counts]
+            look = style(method)
+            look["label"] += f" (seeds: {intervals[-1][3]})"
+            draw_intervals(ax, counts, intervals, i, lw=1.8, ms=5, elinewidth=0.8, **look)
         two_axes(ax, scores, env_id)
-        (random, expert), paper = PAPER_SCORES[env_id], PAPER_RETURNS[env_id][0]
-        low, high = scores.random[env_id], scores.demonstrator[env_id]
+        paper, _ = PAPER_RETURNS[env_id]
+        _, expert = PAPER_SCORES[env_id]
+        low = scores.random[env_id]
+        high = scores.demonstrator[env_id]
+        here = low + paper_share(env_id, paper) * (high - low)
         label = f"the paper's share at 8,192 labels ({paper:g} of {expert:.1f})"
-        here = low + (paper - random) / (expert - random) * (high - low)
         ax.plot([8192], [here], "*", ms=13, mfc="none", mec=LOOKS["lapo_decoder"][1], label=label)
-        ax.set_xlabel("labelled frames")
-        ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter("{x:,.0f}")
+        count_labels(ax)
         ax.legend(fontsize=7)
     text = "Offline: what labels buy. Bars: 95% bootstrap over seeds, draws of the labels and episodes. "
     save(fig, path, text + "Look for where the lines stop rising.")
@@ -258,24 +330,30 @@ def plot_means(scores, offline, path):
     """Share of the demonstrator's return against the number of labels, mean of all games, a line a method."""
     fig, ax = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
     for i, method in enumerate(offline):
-        counts = sorted({n for _, m, n in scores.groups if m == method})
-        y = {n: found for n in counts if (found := scores.over_games(method, n))}
-        if y:
-            beside, mean = np.array([*y]) * 2 ** (0.12 * i - 0.2), np.array([*y.values()])
-            spread = np.maximum(0, [mean[:, 0] - mean[:, 1], mean[:, 2] - mean[:, 0]])
-            ax.errorbar(beside, mean[:, 0], spread, lw=2, ms=6, elinewidth=0.9, capsize=2, **style(method))
+        counts = []
+        intervals = []
+        for n in sorted({n for _, m, n in scores.groups if m == method}):
+            found = scores.over_games(method, n)
+            if found:
+                counts.append(n)
+                intervals.append(found)
+        if counts:
+            draw_intervals(ax, counts, intervals, i, lw=2, ms=6, elinewidth=0.9, **style(method))
     draw_ends(ax, 0, 1, "random", "demonstrator")
     ax.set_title(f"mean of {len(scores.games)} games: {', '.join(scores.games)}", fontsize=10)
-    ax.set(xlabel="labelled frames", ylabel="share of the demonstrator's return above random")
-    ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.set_ylabel("share of the demonstrator's return above random")
+    count_labels(ax)
     ax.legend(fontsize=8)
     save(fig, path, "Bars: 95% bootstrap over seeds, draws of the labels and episodes.")
 
 
-def table(head, rows):
+def to_table(head, rows):
     """A Markdown table."""
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [head, ["---"] * len(head), *rows])
+    lines = []
+    for row in [head, ["---"] * len(head), *rows]:
+        cells = " | ".join(map(str, row))
+        lines.append(f"| {cells} |")
+    return "\n".join(lines)
 
 
 def number(x):
@@ -285,105 +363,185 @@ def number(x):
 
 def with_interval(found):
     """(mean, low, high, ...) as text; of None nothing."""
-    return f"{number(found[0])} ({number(found[1])} – {number(found[2])})" if found else ""
+    if not found:
+        return ""
+    return f"{number(found[0])} ({number(found[1])} – {number(found[2])})"
 
 
 def first_worth(pretraining, *key):
     """The update of a game, run and seed from which on another latent costs a fifth of the loss, as text."""
-    points = [p for p in pretraining if (p["env_id"], p["run"], p["seed"]) == key]
-    late = [p["update"] for p in points if p["other_latent_cost"] >= 0.2]
-    return f"{min(late):,.0f}" if late else f"> {max(p['update'] for p in points):,.0f}" if points else ""
+    updates = []
+    late = []
+    for point in pretraining:
+        if (point["env_id"], point["run"], point["seed"]) == key:
+            updates.append(point["update"])
+            if point["other_latent_cost"] >= 0.2:
+                late.append(point["update"])
+    if late:
+        return f"{min(late):,.0f}"
+    return f"> {max(updates):,.0f}" if updates else ""
 
 
-def tables(scores, offline, space, pretraining):
-    """All numbers as Markdown; README.md and docs/results.md have the first four tables from here."""
-    games, counts = scores.games, sorted({n for _, _, n in scores.groups if n != ""})
-    name, labels = {m: LOOKS[m][0] for m in LOOKS}, {n: f"{n:,.0f}" for n in counts}
+class Tables:
+    """All numbers as Markdown tables; README.md and docs/results.md have the first four from here."""
 
-    def head(*key):
-        return ["mean (95% interval)", *(f"{g} ({len(scores.returns(g, *key))})" for g in games)]
+    def __init__(self, scores, offline):
+        self.scores = scores
+        self.offline = offline
+        self.games = scores.games
+        self.counts = sorted({n for _, _, n in scores.groups if n != ""})
+        self.names = {method: look[0] for method, look in LOOKS.items()}
 
-    def shares(*key):
-        found = [scores.interval(g, *key) for g in games]
-        each = [number(scores.relative(g, of_game[0])) if of_game else "" for g, of_game in zip(games, found)]
-        return [with_interval(scores.over_games(*key)), *each]
+    def head(self, *key):
+        """Columns of shares; in brackets the seeds of a method, n_labels."""
+        columns = ["mean (95% interval)"]
+        for g in self.games:
+            columns.append(f"{g} ({len(self.scores.returns(g, *key))})")
+        return columns
 
-    def right(env_id, method, n):
+    def shares(self, *key):
+        """A method's, n_labels' shares: their mean, and each game's."""
+        cells = [with_interval(self.scores.over_games(*key))]
+        for g in self.games:
+            found = self.scores.interval(g, *key)
+            cells.append(number(self.scores.relative(g, found[0])) if found else "")
+        return cells
+
+    def of_means(self):
+        rows = []
+        for method in self.offline:
+            cells = [with_interval(self.scores.over_games(method, n)) for n in self.counts]
+            rows.append([self.names[method], *cells])
+        head = [f"{n:,.0f}" for n in self.counts]
+        return to_table(["labels", *head], rows)
+
+    def of_games(self):
+        rows = []
+        for n in self.counts:
+            for method in self.offline:
+                rows.append([f"{n:,.0f}", self.names[method], *self.shares(method, n)])
+        last = (self.offline[-1], self.counts[-1] if self.counts else "")
+        return to_table(["labels", "", *self.head(*last)], rows)
+
+    def of_online(self):
+        rows = []
+        for method in ONLINE:
+            rows.append([self.names[method], *self.shares(method), number(PAPER_SHARES[method])])
+        return to_table(["", *self.head("rl_sl"), "the paper's (16 games, 4M frames)"], rows)
+
+    def right(self, env_id, method, n):
         """The share of right pseudo-labels, mean of seeds; only VPT makes any."""
-        seeds = [row["label_accuracy"] for row in scores.groups.get((env_id, method, n), {}).values()]
-        return f"{np.mean(seeds):.2f}" if seeds and "" not in seeds else ""
+        rows = self.scores.groups.get((env_id, method, n), {}).values()
+        seeds = [row["label_accuracy"] for row in rows]
+        if not seeds or "" in seeds:
+            return ""
+        return f"{np.mean(seeds):.2f}"
 
-    yield "## Mean of the games, shares of the demonstrator's return above random play"
-    rows = [[name[m], *(with_interval(scores.over_games(m, n)) for n in counts)] for m in offline]
-    yield table(["labels", *labels.values()], rows)
-    yield "## Every game; in brackets the seeds of the last method"
-    rows = [[labels[n], name[m], *shares(m, n)] for n in counts for m in offline]
-    yield table(["labels", "", *head(offline[-1], counts[-1] if counts else "")], rows)
-    yield "## Online, the same; the seeds are those of RL with the online decoder"
-    rows = [[name[m], *shares(m), number(PAPER_SHARES[m])] for m in ONLINE]
-    yield table(["", *head("rl_sl"), "the paper's (16 games, 4M frames)"], rows)
-    yield "## Right pseudo-labels, from LAPO's networks / from scratch"
-    rows = [
-        [labels[n], *(f"{right(g, 'vpt_lapo', n)} / {right(g, 'vpt', n)}" for g in games)] for n in counts
-    ]
-    yield table(["labels", *games], rows)
-    yield "## Returns; relative return: on the paper's scale, its expert's"
-    rows, keys = [], [(m, "") for m in ("random", "demonstrator", *ONLINE)]
-    for g in games:
-        random, expert = PAPER_SCORES[g]
-        paper = {"random": random, "demonstrator": expert, "ppo_from_scratch": PAPER_RETURNS[g][1]}
-        for m, n in [*keys, *((m, n) for m in offline for n in counts)]:
-            if found := scores.interval(g, m, n):
-                frames = (
-                    [f"{row['frames']:.0f}" for row in scores.groups[g, m, n].values()]
-                    if m in ONLINE
-                    else [""]
-                )
-                what = g, name[m], labels.get(n, ""), *frames[:1], with_interval(found), *found[3:]
-                rows.append([*what, number((found[0] - random) / (expert - random)), paper.get(m, "")])
-    what = "game", "method", "labels", "frames", "return (95% interval)", "seeds", "episodes"
-    yield table([*what, "relative return", "the paper's return (all levels)"], rows)
-    yield "## What latents tell of the action; means of seeds"
-    groups, order = defaultdict(list), ("trained", "untrained_idm", "shuffled_actions")
+    def of_pseudo_labels(self):
+        rows = []
+        for n in self.counts:
+            cells = [f"{self.right(g, 'vpt_lapo', n)} / {self.right(g, 'vpt', n)}" for g in self.games]
+            rows.append([f"{n:,.0f}", *cells])
+        return to_table(["labels", *self.games], rows)
+
+    def of_returns(self):
+        keys = [(method, "") for method in ("random", "demonstrator", *ONLINE)]
+        for method in self.offline:
+            keys += [(method, n) for n in self.counts]
+        rows = []
+        for g in self.games:
+            random, expert = PAPER_SCORES[g]
+            paper = {"random": random, "demonstrator": expert, "ppo_from_scratch": PAPER_RETURNS[g][1]}
+            for method, n in keys:
+                found = self.scores.interval(g, method, n)
+                if not found:
+                    continue
+                mean, _, _, seeds, episodes = found
+                labels = f"{n:,.0f}" if n else ""
+                frames = ""
+                if method in ONLINE:
+                    first = next(iter(self.scores.groups[g, method, n].values()))
+                    frames = f"{first['frames']:.0f}"
+                row = [g, self.names[method], labels, frames, with_interval(found), seeds, episodes]
+                rows.append([*row, number(paper_share(g, mean)), paper.get(method, "")])
+        head = ["game", "method", "labels", "frames", "return (95% interval)", "seeds", "episodes"]
+        return to_table([*head, "relative return", "the paper's return (all levels)"], rows)
+
+
+def table_of_latents(space, pretraining):
+    """What latents tell of the action; means of seeds."""
+    order = ("trained", "untrained_idm", "shuffled_actions")
+    groups = defaultdict(list)
     for row in space:
         groups[row["env_id"], row["run"], order.index(row["of"])].append(row)
     rows = []
     for (g, run, of), seeds in sorted(groups.items()):
-        known = [[row[key] for row in seeds if row[key] != ""] for key in MEANINGS]
-        means = [f"{np.mean(x):.3g}" if x else "" for x in known]
-        used = "; ".join(str(row["codes_used"]) for row in seeds if row["codes_used"])
-        late = [first_worth(pretraining, g, run, row["seed"]) for row in seeds if of == 0]
-        what = g, "no VQ" if run.endswith("no_vq") else "VQ", order[of].replace("_", " "), len(seeds)
-        rows.append([*what, *means, "; ".join(late), used])
-    what = "game", "pretraining", "latents", "seeds", *MEANINGS.values()
-    yield table([*what, "updates until another latent costs 20%", "codes used"], rows)
+        means = []
+        for key in MEANINGS:
+            known = [row[key] for row in seeds if row[key] != ""]
+            means.append(f"{np.mean(known):.3g}" if known else "")
+        used = [str(row["codes_used"]) for row in seeds if row["codes_used"]]
+        late = []
+        if order[of] == "trained":
+            late = [first_worth(pretraining, g, run, row["seed"]) for row in seeds]
+        kind = "no VQ" if run.endswith("no_vq") else "VQ"
+        row = [g, kind, order[of].replace("_", " "), len(seeds), *means]
+        rows.append([*row, "; ".join(late), "; ".join(used)])
+    head = ["game", "pretraining", "latents", "seeds", *MEANINGS.values()]
+    return to_table([*head, "updates until another latent costs 20%", "codes used"], rows)
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
-    folder, prefix = Path(args.results), "" if args.scale == "small" else f"{args.scale}-"
+def tables(scores, offline, space, pretraining):
+    """The text of tables.md."""
+    make = Tables(scores, offline)
+    return [
+        "## Mean of the games, shares of the demonstrator's return above random play",
+        make.of_means(),
+        "## Every game; in brackets the seeds of the last method",
+        make.of_games(),
+        "## Online, the same; the seeds are those of RL with the online decoder",
+        make.of_online(),
+        "## Right pseudo-labels, from LAPO's networks / from scratch",
+        make.of_pseudo_labels(),
+        "## Returns; relative return: on the paper's scale, its expert's",
+        make.of_returns(),
+        "## What latents tell of the action; means of seeds",
+        table_of_latents(space, pretraining),
+    ]
+
+
+def main(args):
+    folder = Path(args.results)
+    prefix = "" if args.scale == "small" else f"{args.scale}-"
     if not (folder / "runs.csv").exists():
         sys.exit(f"error: {folder}/runs.csv is missing: make it with `python benchmark/collect_results.py`")
-    names = "runs", "curves", "latent_space", "pretraining"
-    rows, curves, space, pretraining = (read(folder / f"{name}.csv", args.scale) for name in names)
+    rows = read(folder / "runs.csv", args.scale)
+    curves = read(folder / "curves.csv", args.scale)
+    space = read(folder / "latent_space.csv", args.scale)
+    pretraining = read(folder / "pretraining.csv", args.scale)
     if not rows:
         sys.exit(f"error: {folder}/runs.csv holds no run of --scale {args.scale}: choose one that it has")
-    if strange := sorted({row["method"] for row in rows} - LOOKS.keys()):
+    methods = {row["method"] for row in rows}
+    strange = sorted(methods - LOOKS.keys())
+    if strange:
         print(f"left out, as only runs named as in experiments.sh are drawn: {', '.join(strange)}")
         rows = [row for row in rows if row["method"] not in strange]
-    offline = [m for m in OFFLINE if any(row["method"] == m for row in rows)]
+    offline = [method for method in OFFLINE if method in methods]
     scores = Scores(rows, args.resamples)
-    for env_id in sorted({row["env_id"] for row in rows} - set(scores.games)):
-        print(f"{env_id} is left out: no demonstrator's score, which collect_expert_data.py's run holds")
-    for env_id in (g for g in scores.games if not scores.returns(g, "random")):
-        print(f"{env_id}: no score of random play, which lapo_decode.py's runs hold; using the paper's")
+    for env_id in sorted({row["env_id"] for row in rows}):
+        if env_id not in scores.games:
+            print(f"{env_id} is left out: no demonstrator's score, which collect_expert_data.py's run holds")
+        elif not scores.returns(env_id, "random"):
+            print(f"{env_id}: no score of random play, which lapo_decode.py's runs hold; using the paper's")
     plot_online(curves, scores, folder / f"{prefix}online.png")
     plot_offline(scores, offline, folder / f"{prefix}offline.png")
     plot_means(scores, offline, folder / f"{prefix}means.png")
     ran_on = Counter(f"{row['device']}, threads: {row['threads']:.0f}" for row in rows)
-    ran_on = "; ".join(f"{device}: {count}" for device, count in ran_on.items())
-    text = "\n\n".join(
-        [f"Rows of runs.csv by device: {ran_on}", *tables(scores, offline, space, pretraining)]
-    )
-    (folder / f"{prefix}tables.md").write_text(text + "\n")
+    devices = "; ".join(f"{device}: {count}" for device, count in ran_on.items())
+    text = [f"Rows of runs.csv by device: {devices}", *tables(scores, offline, space, pretraining)]
+    (folder / f"{prefix}tables.md").write_text("\n\n".join(text) + "\n")
     print(f"wrote {folder}/{prefix}{{online,offline,means}}.png and {prefix}tables.md")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

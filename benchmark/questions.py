@@ -39,11 +39,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 from altered import altered_games  # noqa: E402
 
-import lapo_decode as decode  # noqa: E402
-import lapo_inspect as inspect  # noqa: E402
-from first import cluster  # noqa: E402
+from lapo_bc import LatentPolicy, latent_moments, load_dataset, scheduled_rate  # noqa: E402
+from lapo_decode import Decoder, evaluate, fit_classifier, make_env  # noqa: E402
+from tools.first_report import cluster  # noqa: E402
+from tools.loading import encode, load_lapo, load_policy, new_lapo, write_whole  # noqa: E402
 
-RUNS, RESULTS = Path("runs/questions"), ROOT / "benchmark" / "results"
+RUNS = Path("runs/questions")
+RESULTS = ROOT / "benchmark" / "results"
 KEYS = ["question", "env_id", "variant", "seed", "measure", "n_labels"]
 FLAGS = {  # of the stages: experiments.sh's, half as much cloning and online play, label counts of our own
     "collect_expert_data": "--expert-checkpoint experts/coinrun.pt --num-train-frames 65536 "
@@ -72,7 +74,9 @@ LAKE = {  # what the small world has of its own, quickstart.sh's
     .replace("81920", "20480 --num-envs 16")
     .replace("--scale 1", "--scale 0.5"),
 }
-RATES, DELAYS, FRAMES = (0, 0.1, 0.25, 0.5), (0, 1, 2, 4), (2048, 16384, 65536, 131072)
+RATES = (0, 0.1, 0.25, 0.5)  # of random or sticky actions
+DELAYS = (0, 1, 2, 4)  # steps
+FRAMES = (2048, 16384, 65536, 131072)  # of video
 SIZES = {  # codebooks x slots x codes, 2x4x64 the paper's: flags; latents have 32 dimensions in all
     "1x1x8, 3 bits": "--vq --vq-num-codebooks 1 --vq-num-slots 1 --vq-num-codes 8 --vq-dim 32",
     "1x1x64, 6 bits": "--vq --vq-num-codebooks 1 --vq-num-slots 1 --vq-num-codes 64 --vq-dim 32",
@@ -100,138 +104,213 @@ class Args:
     seeds: tyro.conf.Positional[tuple[int, ...]] = (1, 2, 3)  # the videos are seed 1's, but in `video`
 
 
-# Runs
+# ---- Runs ----
 
 
 def folder(env_id, variant):
     return RUNS / env_id / variant.replace(",", "").replace(" ", "-")
 
 
+def flags_of(env_id, stage):
+    if env_id == "FrozenLake-v1" and stage in LAKE:
+        return LAKE[stage].split()
+    return FLAGS[stage].split()
+
+
 def run(env_id, variant, stage, seed, *flags, altered=()):
     """results.json of a stage's run in the variant's folder, and where it lies; made if it is not there."""
-    path = folder(env_id, variant) / f"{env_id}__{stage}__{seed}" / "results.json"
-    own = (LAKE if env_id == "FrozenLake-v1" else {}).get(stage, FLAGS[stage])
-    command = [f"{stage}.py", "--env-id", env_id, "--seed", seed, "--runs-dir", path.parent.parent]
+    runs_dir = folder(env_id, variant)
+    run_dir = runs_dir / f"{env_id}__{stage}__{seed}"
+    command = [f"{stage}.py", "--env-id", env_id, "--seed", seed, "--runs-dir", runs_dir]
     if stage not in ("collect_expert_data", "lapo_decode"):  # these are in float32 anyway
         command.append("--no-bf16")  # or each machine would take what is faster there
-    command = [*map(str, command), *own.split(), *map(str, flags)]
-    path.parent.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.parent.parent / f".{path.parent.name}.lock"):  # another question may need the same run
+    command = [str(part) for part in [*command, *flags_of(env_id, stage), *flags]]
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / "results.json"
+    with FileLock(runs_dir / f".{run_dir.name}.lock"):  # another question may need the same run
         if not path.exists():
-            wrapped = ["benchmark/altered.py", *altered, *command] if altered else command
+            wrapped = command
+            if altered:
+                wrapped = ["benchmark/altered.py", *altered, *command]
             print("==", shlex.join(["python", *wrapped]), flush=True)
             subprocess.run([sys.executable, *wrapped], check=True)
     results = json.loads(path.read_text())
     if results["command"] != shlex.join(["python", *command]):
         sys.exit(f"error: {path} was made with other flags than today's: move its folder away")
-    return results | {"path": path.parent}
+    return {**results, "path": run_dir}
 
 
 def lapo(env_id, variant, seed, data_dir, pretrain="", bc="", decode="", labels=None, altered=()):
     """A variant's stages on videos, decoded with labels of these or others: {stage: results}."""
-    made, data = {"data_dir": data_dir}, ("--data-dir", data_dir)
+    data = ("--data-dir", data_dir)
+    made = {"data_dir": data_dir}
     made["pretrain"] = run(env_id, variant, "lapo_pretrain", seed, *data, *pretrain.split())
     made["bc"] = run(env_id, variant, "lapo_bc", seed, *data, *bc.split())
-    return made | {"decode": decoded(env_id, variant, seed, made, labels or data_dir, decode, altered)}
+    made["decode"] = decoded(env_id, variant, seed, made, labels or data_dir, decode, altered)
+    return made
 
 
 def decoded(env_id, variant, seed, made, data_dir, flags="", altered=()):
     """results.json of lapo_decode.py in a variant's games, with its labels, for a latent policy."""
-    flags = "--data-dir", data_dir, "--bc-checkpoint", made["bc"]["path"] / "checkpoint.pt", *flags.split()
-    return run(env_id, variant, "lapo_decode", seed, *flags, altered=altered)
+    checkpoint = made["bc"]["path"] / "checkpoint.pt"
+    inputs = ("--data-dir", data_dir, "--bc-checkpoint", checkpoint)
+    return run(env_id, variant, "lapo_decode", seed, *inputs, *flags.split(), altered=altered)
 
 
 def collected(env_id, variant, flags="", altered=(), seed=1):
     """The dataset of a variant: the demonstrator's play in its games."""
     data_dir = folder(env_id, variant) / f"data-{seed}"
-    flags = "--data-dir", data_dir, *flags.split()
+    flags = ("--data-dir", data_dir, *flags.split())
     run(env_id, variant, "collect_expert_data", seed, *flags, altered=altered)
     if altered and not (data_dir / "test" / "happened.npy").exists():
         sys.exit(f"error: {data_dir} lacks happened.npy, as it was interrupted: delete {data_dir.parent}")
     return data_dir
 
 
-def online(env_id, variant, seed, made, altered=(), stages=("lapo_finetune_ppo", "ppo_procgen")):
-    """Returns after RL in a variant's games, with LAPO's policy and from scratch: {measure: return}."""
-    flags = {"lapo_finetune_ppo": ("--bc-checkpoint", made["bc"]["path"] / "checkpoint.pt")}
-    names = {"lapo_finetune_ppo": "RL + SL", "ppo_procgen": "PPO from scratch"}
-    rl = {names[of]: run(env_id, variant, of, seed, *flags.get(of, ()), altered=altered) for of in stages}
-    return {name: results["return_mean"] for name, results in rl.items()}
+def fine_tuned(env_id, variant, seed, made, altered=()):
+    """{measure: return} after RL in a variant's games with LAPO's policy."""
+    checkpoint = made["bc"]["path"] / "checkpoint.pt"
+    flags = ("--bc-checkpoint", checkpoint)
+    results = run(env_id, variant, "lapo_finetune_ppo", seed, *flags, altered=altered)
+    return {"RL + SL": results["return_mean"]}
 
 
-# What they are asked
+def online(env_id, variant, seed, made, altered=()):
+    """{measure: return} after RL in a variant's games, with LAPO's policy and from scratch."""
+    found = fine_tuned(env_id, variant, seed, made, altered)
+    results = run(env_id, variant, "ppo_procgen", seed, altered=altered)
+    found["PPO from scratch"] = results["return_mean"]
+    return found
 
 
-def load(made):
-    """Frames and windows of a variant's dataset; its IDM, the same untrained, its VQ."""
-    env_id, path = made["pretrain"]["env_id"], made["pretrain"]["path"] / "checkpoint.pt"
-    _, frames, windows = decode.load_dataset(SimpleNamespace(env_id=env_id, data_dir=made["data_dir"]))
-    pretrained = torch.load(path, weights_only=True)
-    idm, vq, _ = inspect.build_networks(pretrained["args"], CPU, pretrained)
-    return frames, windows, idm, inspect.build_networks(pretrained["args"], CPU)[0], vq
+# ---- What they are asked ----
 
 
-def some(windows, seed, train, test):
-    """So many windows of each split: {split: (n,)}."""
-    sizes, rng = {"train": train, "test": test}, np.random.default_rng(seed)
-    return {split: rng.permutation(windows[split])[:n] for split, n in sizes.items()}
+def read_meta(made):
+    return json.loads((made["data_dir"] / "meta.json").read_text())
 
 
-def latents(idm, frames, t):
+def load_splits(made):
+    """The Frames of a variant's dataset, {split: Frames}."""
+    args = SimpleNamespace(env_id=made["pretrain"]["env_id"], data_dir=made["data_dir"])
+    _, train, test = load_dataset(args)
+    return {"train": train, "test": test}
+
+
+def load_networks(made):
+    """IDM, VQ and FDM of a variant, trained and as they began."""
+    pretrained = torch.load(made["pretrain"]["path"] / "checkpoint.pt", weights_only=True)
+    return load_lapo(pretrained, CPU), new_lapo(pretrained["args"])
+
+
+def choose(windows, seed, train, test):
+    """So many windows of each split {split: (n,)}: {split: (n,)}."""
+    rng = np.random.default_rng(seed)
+    t_train = rng.permutation(windows["train"])[:train]
+    return {"train": t_train, "test": rng.permutation(windows["test"])[:test]}
+
+
+def windows_of(frames):
+    return {split: frames[split].windows for split in frames}
+
+
+def latents(networks, frames, t):
     """z_t at t {split: (n,)}: {split: (n, latent_dim)}."""
-    return {s: torch.from_numpy(inspect.encode(idm, None, frames[s], t[s], CPU)[0]) for s in t}
+    found = {}
+    for split in t:
+        found[split] = torch.from_numpy(encode(networks, frames[split], t[split], CPU).z)
+    return found
 
 
-def labels(frames, t):
-    """The actions that were meant at t {split: (n,)}."""
-    return {split: torch.from_numpy(frames[split].labels("actions")[t[split]]).long() for split in t}
+def labels(frames, t, name="actions"):
+    """The actions that were meant at t {split: (n,)}; happened: those that were carried out."""
+    found = {}
+    for split in t:
+        actions = frames[split].labels(name)
+        found[split] = torch.from_numpy(actions[t[split]]).long()
+    return found
 
 
 def played(made):
     """Returns of a variant's decoded policy, of cloning, random play and the demonstrator in its games."""
     names = {"lapo_decoder": "LAPO + decoder", "cloning_from_scratch": "cloning"}
-    found = {(names[row["method"]], row["n_labels"]): row["return_mean"] for row in made["decode"]["curve"]}
-    return found | {"random": made["decode"]["random"]["return_mean"], "demonstrator": demonstrator(made)}
+    found = {}
+    for row in made["decode"]["curve"]:
+        found[names[row["method"]], row["n_labels"]] = row["return_mean"]
+    found["random"] = read_meta(made)["random"]["return_mean"]
+    found["demonstrator"] = demonstrator(made)
+    return found
 
 
 def demonstrator(made):
     """The mean return in the training videos, of episodes that began early enough to end in them."""
-    data = json.loads((made["data_dir"] / "meta.json").read_text())
-    games, limit = data["splits"]["train"]["num_envs"], 1000 if data["env_id"] == "coinrun" else 100
-    first, returns = (np.load(made["data_dir"] / "train" / f"{name}.npy") for name in ("first", "returns"))
-    first, returns = (of.reshape(games, -1)[:, :-limit] for of in (first, returns))
+    data = read_meta(made)
+    games = data["splits"]["train"]["num_envs"]
+    limit = 1000 if data["env_id"] == "coinrun" else 100
+    first = np.load(made["data_dir"] / "train" / "first.npy").reshape(games, -1)[:, :-limit]
+    returns = np.load(made["data_dir"] / "train" / "returns.npy").reshape(games, -1)[:, :-limit]
     return float(returns[first].mean())
 
 
 def learned(made):
     """How well a variant predicts; what its latents tell of what was meant and carried out: bits, purity."""
-    frames, windows, idm, untrained, vq = load(made)
-    t, last = some(windows, 0, 2048, 2048), made["pretrain"]
-    moved = {split: (frames[split][t[split]] != frames[split][t[split] + 1]).any((1, 2, 3)) for split in t}
-    effect = EFFECT if last["env_id"] == "coinrun" else torch.arange(15)
-    meant = done = {split: effect[actions] for split, actions in labels(frames, t).items()}
-    paths = {split: frames[split].folders[0] / "happened.npy" for split in t}
-    if paths["test"].exists():
-        done = {split: effect[torch.from_numpy(np.load(paths[split])[t[split]]).long()] for split in t}
-    if last["env_id"] != "coinrun":  # a wall's is no move
-        done = {split: torch.where(torch.from_numpy(moved[split]), done[split], 4) for split in t}
-    z = latents(idm, frames, t)
-    found = {"loss": last["test/fdm_loss"], "loss of copying": last["test/copy_last_frame_loss"]}
-    found["not as meant"] = (done["test"] != meant["test"]).float().mean().item()
+    frames = load_splits(made)
+    networks, untrained = load_networks(made)
+    t = choose(windows_of(frames), 0, 2048, 2048)
+    coinrun = made["pretrain"]["env_id"] == "coinrun"
+    effect = EFFECT if coinrun else torch.arange(15)
+    meant = {split: effect[actions] for split, actions in labels(frames, t).items()}
+    done = meant
+    if frames["test"].labels("happened") is not None:
+        done = {split: effect[actions] for split, actions in labels(frames, t, "happened").items()}
+    moved = {}
+    for split in t:
+        before = frames[split][t[split]]
+        after = frames[split][t[split] + 1]
+        moved[split] = torch.from_numpy((before != after).any((1, 2, 3)))
+    if not coinrun:  # a wall's is no move
+        done = {split: torch.where(moved[split], done[split], 4) for split in t}
+
+    z = latents(networks, frames, t)
     fresh = latents(untrained, frames, t)
-    for name, of in {"meant": meant, "carried out": done}.items():
-        found |= {f"bits, {name}": bits(z, of), f"bits, {name}, untrained IDM": bits(fresh, of)}
+    found = {
+        "loss": made["pretrain"]["test/fdm_loss"],
+        "loss of copying": made["pretrain"]["test/copy_last_frame_loss"],
+        "not as meant": (done["test"] != meant["test"]).float().mean().item(),
+    }
+    for name, classes in {"meant": meant, "carried out": done}.items():
+        found[f"bits, {name}"] = bits(z, classes)
+        found[f"bits, {name}, untrained IDM"] = bits(fresh, classes)
     found["bits of meant in carried out"] = mutual_info_score(meant["test"], done["test"]) / np.log(2)
-    if vq:  # in use: as if slots were independent of each other, so at most this
-        slots = vq(z["test"])[2].flatten(1).T.numpy()
-        found["bits in use"] = sum(stats.entropy(np.bincount(slot), base=2) for slot in slots)
-        found["bits, carried out, quantised"] = bits({split: vq(z[split])[0] for split in t}, done)
-    actions, moved = meant["test"].numpy(), moved["test"]
-    shuffled, clusters = actions.copy(), len(np.unique(actions)) + (not moved.all())  # one that stands still
-    shuffled[moved] = np.random.default_rng(0).permutation(actions[moved])
-    for name, of in {"meant": actions, "shuffled": shuffled}.items():
-        found[f"purity, {name}"] = float(cluster(z["test"], clusters, of, moved)[2])
+    if networks.vq:
+        quantised = {}
+        with torch.no_grad():
+            for split in t:
+                quantised[split], _, codes, _ = networks.vq(z[split])
+        found["bits in use"] = bits_in_use(codes.numpy())
+        found["bits, carried out, quantised"] = bits(quantised, done)
+    found["purity, meant"], found["purity, shuffled"] = purities(
+        z["test"].numpy(), meant["test"].numpy(), moved["test"].numpy()
+    )
     return found
+
+
+def bits_in_use(codes):
+    """Entropy of codes (n, N, H), as if slots were independent of each other, so at most this."""
+    slots = codes.reshape(len(codes), -1).T
+    return sum(stats.entropy(np.bincount(slot), base=2) for slot in slots)
+
+
+def purities(z, actions, moved):
+    """Purity of k-means clusters of latents (n, latent_dim) with actions (n,), and with shuffled ones."""
+    clusters = len(np.unique(actions))
+    if not moved.all():  # one that stands still
+        clusters += 1
+    shuffled = actions.copy()
+    shuffled[moved] = np.random.default_rng(0).permutation(actions[moved])
+    _, _, meant, _ = cluster(z, clusters, actions, moved)
+    _, _, by_chance, _ = cluster(z, clusters, shuffled, moved)
+    return float(meant), float(by_chance)
 
 
 def bits(x, classes):
@@ -245,17 +324,28 @@ def bits(x, classes):
 
 def fit_decoder(x, actions, label_smoothing=0.05):
     """LAPO's decoder, of inputs (n, D) and actions (n,), as lapo_decode.py fits it."""
-    decoder = decode.Decoder(x.shape[1], (192, 128, 64))
+    decoder = Decoder(x.shape[1], (192, 128, 64))
+    std = x.std(0)
     decoder.mean.copy_(x.mean(0))
-    decoder.std.copy_(x.std(0).clamp(min=0.01 * x.std(0).max()) + 1e-6)  # codes may hardly ever change
-    args = SimpleNamespace(weight_decay=1e-2, label_smoothing=label_smoothing)
-    return decode.fit(decoder, x.__getitem__, actions, 200, 1e-3, 512, args, nullcontext())
+    decoder.std.copy_(std.clamp(min=0.01 * std.max()) + 1e-6)  # codes may hardly ever change
+    return fit_classifier(
+        decoder,
+        lambda i: x[i],
+        actions,
+        updates=200,
+        learning_rate=1e-3,
+        batch_size=512,
+        label_smoothing=label_smoothing,
+        weight_decay=1e-2,
+        autocast=nullcontext(),
+    )
 
 
 @torch.no_grad()
 def accuracy(decoder, x, actions):
     """How often what a decoder holds most probable has the effect of the actions, on test windows."""
-    effects = torch.zeros(len(x["test"]), 15).index_add(1, EFFECT, decoder(x["test"]).softmax(1))
+    probabilities = decoder(x["test"]).softmax(1)  # (n, 15)
+    effects = torch.zeros(len(probabilities), 15).index_add(1, EFFECT, probabilities)
     return (effects.argmax(1) == EFFECT[actions["test"]]).float().mean().item()
 
 
@@ -265,95 +355,130 @@ def commonest(actions):
 
 
 def stochastic(env_id, seed):
-    kind = "--random" if env_id == "FrozenLake-v1" else "--sticky"
+    """Games that carry out random actions, or the last one again, with some probability."""
+    kind = "random" if env_id == "FrozenLake-v1" else "sticky"
     for rate in RATES:
-        variant, altered = ("as it is", ()) if rate == 0 else (f"{kind[2:]} {rate}", (kind, str(rate)))
-        few = "--no-cloning" * (env_id == "coinrun" and rate > 0)  # it is long, no better than blind play
+        variant = "as it is"
+        altered = ()
+        flags = ""
+        if rate:
+            variant = f"{kind} {rate}"
+            altered = (f"--{kind}", str(rate))
+            if env_id == "coinrun":
+                flags = "--no-cloning"  # it is long, no better than blind play
         data = collected(env_id, variant, altered=altered)
-        made = lapo(env_id, variant, seed, data, decode=few, altered=altered)
-        found = learned(made) | {"blind play": play(made, 0, seed, **{kind[2:]: rate})}
-        yield rate, found | played(made) | online(env_id, variant, seed, made, altered)
+        made = lapo(env_id, variant, seed, data, decode=flags, altered=altered)
+        found = learned(made)
+        found["blind play"] = play(made, 0, seed, **{kind: rate})
+        yield rate, {**found, **played(made), **online(env_id, variant, seed, made, altered)}
 
 
 def bottleneck(env_id, seed):
-    data, more = collected(env_id, "as it is"), "--no-cloning --num-labels 16 64 128 512 2048"
-    for size in [of for of in SIZES if env_id != "coinrun" or of != "1x1x64, 6 bits"]:  # it is long there
-        if same := env_id == "coinrun" and size == "2x4x64, 48 bits":  # coinrun's as it is
-            made = lapo(env_id, "as it is", seed, data)
-            made["decode"] = decoded(env_id, size, seed, made, data, more)
+    """Other sizes of the codebooks."""
+    data = collected(env_id, "as it is")
+    flags = "--no-cloning --num-labels 16 64 128 512 2048"
+    for size, sizes in SIZES.items():
+        if env_id == "coinrun" and size == "1x1x64, 6 bits":  # it is long there
+            continue
+        variant = size
+        if env_id == "coinrun" and size == "2x4x64, 48 bits":  # coinrun's as it is
+            variant = "as it is"
+            made = lapo(env_id, variant, seed, data)
+            made["decode"] = decoded(env_id, size, seed, made, data, flags)
         else:
-            made = lapo(env_id, size, seed, data, SIZES[size], decode=more)
-        rl = online(env_id, "as it is" if same else size, seed, made, stages=["lapo_finetune_ppo"])
-        yield size, learned(made) | played(made) | rl
+            made = lapo(env_id, size, seed, data, sizes, decode=flags)
+        yield size, {**learned(made), **played(made), **fine_tuned(env_id, variant, seed, made)}
 
 
 def transfer(env_id, seed):
     """A latent policy in other worlds: decoded there with labels from home, fine-tuned there; blind play."""
     own = lapo(env_id, "as it is", seed, collected(env_id, "as it is"))
+    networks, untrained = load_networks(own)
     labeller = None
     for world, options in WORLDS.items():
-        made, variant, altered = own, "as it is", ()
+        made = own
+        variant = "as it is"
+        altered = ()
         if options:
-            variant, altered = world, ("--options", json.dumps(options))
-            made = own | {"data_dir": collected(env_id, world, altered=altered)}
-            few = own["data_dir"], "--no-cloning --num-labels 512"
-            made["decode"] = decoded(env_id, world, seed, own, *few, altered)
-        frames, windows, idm, untrained, _ = load(made)
-        t = some(windows, seed, 2048, 4096)
-        z, actions, guess = latents(idm, frames, t), labels(frames, t), latents(untrained, frames, t)
+            variant = world
+            altered = ("--options", json.dumps(options))
+            flags = "--no-cloning --num-labels 512"
+            made = {**own, "data_dir": collected(env_id, world, altered=altered)}
+            made["decode"] = decoded(env_id, world, seed, own, own["data_dir"], flags, altered)
+        frames = load_splits(made)
+        t = choose(windows_of(frames), seed, 2048, 4096)
+        actions = labels(frames, t)
+        z = latents(networks, frames, t)
+        fresh = latents(untrained, frames, t)
         of_this = fit_decoder(z["train"], actions["train"])
+        of_fresh = fit_decoder(fresh["train"], actions["train"])
         labeller = labeller or of_this  # the first world is its own
-        found = {"accuracy, its own world's labels": accuracy(labeller, z, actions)}
-        found["accuracy, this world's labels"] = accuracy(of_this, z, actions)
-        of_this = fit_decoder(guess["train"], actions["train"])
-        found["accuracy, this world's labels, untrained IDM"] = accuracy(of_this, guess, actions)
-        found["accuracy, commonest action"] = commonest(actions)
-        found["blind play"] = play(own, 0, seed, options=options)
-        yield world, found | played(made) | online(env_id, variant, seed, made, altered)
+        found = {
+            "accuracy, its own world's labels": accuracy(labeller, z, actions),
+            "accuracy, this world's labels": accuracy(of_this, z, actions),
+            "accuracy, this world's labels, untrained IDM": accuracy(of_fresh, fresh, actions),
+            "accuracy, commonest action": commonest(actions),
+            "blind play": play(own, 0, seed, options=options),
+        }
+        yield world, {**found, **played(made), **online(env_id, variant, seed, made, altered)}
 
 
 def delay(env_id, seed):
     """An action that shows k steps late: what latents tell of it, what that costs, what mends it."""
     for k in DELAYS:
-        variant, altered, few = "as it is", (), ""
+        variant = "as it is"
+        altered = ()
+        flags = ""
         if k:
-            variant, altered, few = f"delay {k}", ("--delay", str(k)), "--num-labels 512"
+            variant = f"delay {k}"
+            altered = ("--delay", str(k))
+            flags = "--num-labels 512"
         data = collected(env_id, variant, altered=altered)
-        made = lapo(env_id, variant, seed, data, decode=few, altered=altered)
-        yield k, played(made) | late(made, k, seed)
+        made = lapo(env_id, variant, seed, data, decode=flags, altered=altered)
+        yield k, {**played(made), **late(made, k, seed)}
 
 
 def late(made, k, seed):
     """Accuracies of decoders with 512 labels that see several latents, or pi's; returns with two of them."""
     cloned = torch.load(made["bc"]["path"] / "checkpoint.pt", weights_only=True)
-    frames, windows, idm, _, _ = load(made)
-    policy, steps = new_policy(cloned), np.arange(-k, k + 1)
-    policy.load_state_dict(cloned["policy"])
-    inside = {split: t[np.isin(t[:, None] + steps, t).all(1)] for split, t in windows.items()}  # one episode
-    t = some(inside, seed, 512, 2048)
-    near, actions = {split: (t[split][:, None] + steps).ravel() for split in t}, labels(frames, t)
-    z, pi = latents(idm, frames, near), {split: act(policy, frames[split], near[split]) for split in t}
-    found, decoders, now = {"accuracy, commonest action": commonest(actions)}, {}, slice(k, k + 1)
-    inputs = {"z_t": (z, now), "z_t+k": (z, slice(2 * k, None)), "z_t to z_t+k": (z, slice(k, None))}
-    inputs |= {"pi(o_t)": (pi, now), "pi(o_t-k) to pi(o_t)": (pi, slice(k + 1))}
-    for name, (of, which) in inputs.items():
-        x = {split: of[split].view(len(t[split]), 2 * k + 1, -1)[:, which].flatten(1) for split in t}
+    policy = load_policy(cloned, CPU)
+    frames = load_splits(made)
+    networks, _ = load_networks(made)
+    steps = np.arange(-k, k + 1)
+    inside = {}  # windows with k others of their episode before and after
+    for split, t in windows_of(frames).items():
+        inside[split] = t[np.isin(t[:, None] + steps, t).all(1)]
+    t = choose(inside, seed, 512, 2048)
+    near = {split: (t[split][:, None] + steps).ravel() for split in t}
+    actions = labels(frames, t)
+    z = latents(networks, frames, near)
+    pi = {split: act(policy, frames[split], near[split]) for split in t}
+    inputs = {
+        "z_t": (z, slice(k, k + 1)),
+        "z_t+k": (z, slice(2 * k, None)),
+        "z_t to z_t+k": (z, slice(k, None)),
+        "pi(o_t)": (pi, slice(k, k + 1)),
+        "pi(o_t-k) to pi(o_t)": (pi, slice(k + 1)),
+    }
+    found = {"accuracy, commonest action": commonest(actions)}
+    decoders = {}
+    for name, (source, columns) in inputs.items():
+        x = {}
+        for split in t:
+            all_steps = source[split].view(len(t[split]), 2 * k + 1, -1)  # (n, 2k + 1, latent_dim)
+            x[split] = all_steps[:, columns].flatten(1)
         torch.manual_seed(seed)
         decoders[name] = fit_decoder(x["train"], actions["train"])
         found[f"accuracy from {name}"] = accuracy(decoders[name], x, actions)
-    found["decoder of pi(o_t)", 512] = play(made, k, seed, lambda obs, _: decoders["pi(o_t)"](policy(obs)))
+    of_pi = decoders["pi(o_t)"]
+    found["decoder of pi(o_t)", 512] = play(made, k, seed, lambda obs, _: of_pi(policy(obs)))
     if k:
         recalled = recall(policy, decoders["pi(o_t-k) to pi(o_t)"], k)
         found["decoder of pi at several steps", 512] = play(made, k, seed, recalled)
-        ahead = clone_ahead(cloned, made, frames, windows, k, seed)
-        found["pi of later latents", 512] = play(made, k, seed, lambda obs, _: decoders["z_t+k"](ahead(obs)))
+        ahead = clone_ahead(cloned, networks, frames["train"], k, seed)
+        of_late = decoders["z_t+k"]
+        found["pi of later latents", 512] = play(made, k, seed, lambda obs, _: of_late(ahead(obs)))
     return found
-
-
-def new_policy(cloned):
-    """A latent policy of the sizes of a checkpoint of lapo_bc.py, untrained."""
-    sizes = cloned["args"]["policy_scale"], len(cloned["policy"]["mean"])
-    return decode.LatentPolicy(*sizes, cloned["pretrain_args"]["patch_size"])
 
 
 @torch.no_grad()
@@ -365,67 +490,87 @@ def act(policy, frames, t):
 
 def recall(policy, decoder, k):
     """A policy (obs, episode) -> logits that decodes pi of the last k + 1 steps, at first of fewer."""
-    past = {}
+    past = {}  # of each episode its last latents
 
-    def act(obs, episode):
+    def decode(obs, episode):
         for e, z in zip(episode, policy(obs)):
-            past[e] = [*past.get(e, [z] * (k + 1))[1:], z]
+            before = past.get(e, [z] * (k + 1))
+            past[e] = [*before[1:], z]
         return decoder(torch.stack([torch.cat(past[e]) for e in episode]))
 
-    return act
+    return decode
 
 
-def clone_ahead(cloned, made, frames, windows, k, seed):
+def clone_ahead(cloned, networks, frames, k, seed):
     """A policy cloned as lapo_bc.py does, but on the latents z_{t+k} that its own actions will cause."""
-    z = torch.load(made["bc"]["path"] / "latents.pt", weights_only=True)
-    t, a = windows["train"], cloned["args"]
-    now = np.flatnonzero(np.isin(t[:, None] + np.arange(k + 1), t).all(1))
+    args = SimpleNamespace(**cloned["args"])
+    t = frames.windows
+    z = torch.from_numpy(encode(networks, frames, t, CPU).z)  # (windows, latent_dim)
+    inside = np.isin(t[:, None] + np.arange(k + 1), t).all(1)
+    now = np.flatnonzero(inside)
     torch.manual_seed(seed)
-    policy = new_policy(cloned).to(memory_format=torch.channels_last)
+    policy = LatentPolicy(args.policy_scale, z.shape[1], cloned["pretrain_args"]["patch_size"])
+    policy = policy.to(memory_format=torch.channels_last)
+    mean, std = latent_moments(z)
+    policy.mean.copy_(mean)
+    policy.std.copy_(std)
     optimizer = torch.optim.Adam(policy.parameters())
-    for update in tqdm(range(a["num_updates"]), f"clone z_t+{k}"):
-        warmed_up = [0, a["warmup_updates"], a["num_updates"]]
-        optimizer.param_groups[0]["lr"] = a["learning_rate"] * np.interp(update, warmed_up, [0.01, 1, 0])
-        i = now[torch.randint(len(now), (a["batch_size"],)).numpy()]
-        loss = F.mse_loss(policy(torch.from_numpy(frames["train"][t[i]])), z[np.searchsorted(t, t[i] + k)])
+    for step in tqdm(range(1, args.num_updates + 1), f"clone z_t+{k}"):
+        i = now[torch.randint(len(now), (args.batch_size,)).numpy()]
+        target = z[np.searchsorted(t, t[i] + k)]
+        guess = policy(torch.from_numpy(frames[t[i]]))
+        loss = F.mse_loss(guess / std, target / std)
         optimizer.zero_grad()
         loss.backward()
+        optimizer.param_groups[0]["lr"] = scheduled_rate(step, args)
         optimizer.step()
     return policy.eval()
 
 
 def play(made, k, seed, policy=None, options=None, **how):
     """The mean return of 120 episodes in games altered like that; of blind play, if there is no policy."""
-    data = json.loads((made["data_dir"] / "meta.json").read_text())
-    often = np.bincount(np.load(made["data_dir"] / "train" / "actions.npy"), minlength=15)
-    policy = policy or (lambda obs, _: torch.from_numpy(often).log().expand(len(obs), 15) / 2)
+    data = read_meta(made)
+    actions = np.load(made["data_dir"] / "train" / "actions.npy")
+    often = torch.from_numpy(np.bincount(actions, minlength=15)).log()
     with altered_games(options or {}, delay=k, **how):
-        env = decode.make_env(data["env_id"], 60, data["num_levels"], data["start_level"], seed)
-    run, rng = SimpleNamespace(leave_if_stopped=lambda: None), torch.Generator().manual_seed(seed)
-    return float(decode.evaluate(lambda *x: policy(*x) / 0.5, env, 120, rng, run).mean())
+        env = make_env(data["env_id"], 60, data["num_levels"], data["start_level"], seed)
+
+    def logits(obs, episode):
+        if policy is None:
+            return often.expand(len(obs), 15)
+        return policy(obs, episode) / 0.5
+
+    return float(evaluate(logits, env, 120, torch.Generator().manual_seed(seed)).mean())
 
 
 def video(env_id, seed):
     """More frames, of more games, with the same updates, and with updates in proportion; the same labels."""
     own = collected(env_id, "as it is")
     for frames in FRAMES:
-        videos, part = f"{frames} frames", frames / 65536
+        part = frames / 65536
         if part == 1:  # the only one whose cloning, random play and demonstrator are taken
             found = played(lapo(env_id, "as it is", seed, own))
-            yield frames, found | {("in proportion", 128): found[FEW]}
+            yield frames, {**found, ("in proportion", 128): found[FEW]}
             continue
+        variant = f"{frames} frames"
         games = max(1, frames // 4096)  # as long as the others
-        flags = f"--num-train-frames {frames} --num-envs {games}"
-        data = collected(env_id, videos, flags, seed=seed)
+        data = collected(env_id, variant, f"--num-train-frames {frames} --num-envs {games}", seed=seed)
         how = {"decode": "--no-cloning --num-labels 128", "labels": own}
-        found = played(lapo(env_id, videos, seed, data, **how))
-        warmups = [f"--warmup-updates {updates * min(1, part):.0f}" for updates in (500, 50)]
-        longer = [f"--num-updates {updates * part:.0f} {w}" for updates, w in zip((2000, 2500), warmups)]
-        also = played(lapo(env_id, f"{videos}, in proportion", seed, data, *longer, **how))
+        found = played(lapo(env_id, variant, seed, data, **how))
+        short = min(1, part)  # no warm-up gets longer
+        pretrain = f"--num-updates {2000 * part:.0f} --warmup-updates {500 * short:.0f}"
+        bc = f"--num-updates {2500 * part:.0f} --warmup-updates {50 * short:.0f}"
+        also = played(lapo(env_id, f"{variant}, in proportion", seed, data, pretrain, bc, **how))
         yield frames, {FEW: found[FEW], ("in proportion", 128): also[FEW]}
 
 
-QUESTIONS = {f.__name__: f for f in (stochastic, bottleneck, transfer, delay, video)}
+QUESTIONS = {
+    "stochastic": stochastic,
+    "bottleneck": bottleneck,
+    "transfer": transfer,
+    "delay": delay,
+    "video": video,
+}
 
 
 def ask(question, env_id, seed):
@@ -433,26 +578,31 @@ def ask(question, env_id, seed):
     for variant, found in QUESTIONS[question](env_id, seed):
         for key, value in found.items():
             measure, n_labels = key if isinstance(key, tuple) else (key, "")
-            yield dict(zip(KEYS, map(str, (question, env_id, variant, seed, measure, n_labels)))), value
+            row = (question, env_id, variant, seed, measure, n_labels)
+            yield dict(zip(KEYS, map(str, row))), value
 
 
 def add(row, path):
     """Adds a row to questions.csv, or replaces it."""
     with FileLock(RUNS / ".lock"):  # another question may write
-        rows = read(path) | {tuple(row[key] for key in KEYS): row}
-        writer = csv.DictWriter(text := StringIO(), [*KEYS, "value"], lineterminator="\n")
+        rows = read(path)
+        rows[tuple(row[key] for key in KEYS)] = row
+        text = StringIO()
+        writer = csv.DictWriter(text, [*KEYS, "value"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows.values())
-        decode.write_whole(path, text.getvalue())
+        write_whole(path, text.getvalue())
 
 
 def read(path):
     """Rows of questions.csv by their KEYS; {} where there is none yet."""
-    rows = csv.DictReader(path.open(newline="")) if path.exists() else ()
+    if not path.exists():
+        return {}
+    rows = csv.DictReader(path.open(newline=""))
     return {tuple(row[key] for key in KEYS): row for row in rows}
 
 
-# Pictures
+# ---- Pictures ----
 
 
 class Answers:
@@ -466,28 +616,38 @@ class Answers:
 
     def of(self, variant, measure, n=""):
         """A number a seed: (seeds,)."""
-        return np.array([value for _, value in sorted(self.found[str(variant), measure, str(n)].items())])
+        of_seeds = self.found[str(variant), measure, str(n)]
+        return np.array([of_seeds[seed] for seed in sorted(of_seeds)])
 
     def shares(self, variant, measure, n=""):
         """The same as shares of the demonstrator's return above random play, in the variant's games."""
-        games = variant if len(self.of(variant, "random")) else 65536  # of video's variants one has them
-        low, high = (self.of(games, end).mean() for end in ("random", "demonstrator"))
+        games = variant
+        if len(self.of(variant, "random")) == 0:  # of video's variants one has them
+            games = 65536
+        low = self.of(games, "random").mean()
+        high = self.of(games, "demonstrator").mean()
         return (self.of(variant, measure, n) - low) / (high - low)
 
     def labels_for(self, variant, share):
         """Labels that a seed's decoder needs for a share, by a line that never falls; inf if too few."""
-        counts = sorted(int(n) for v, m, n in self.found if (v, m) == (str(variant), "LAPO + decoder"))
-        curves = np.transpose([self.shares(variant, "LAPO + decoder", n) for n in counts])  # (seeds, counts)
-        curves = [IsotonicRegression().fit_transform(counts, curve) for curve in curves]
-        return np.array([2 ** np.interp(share, curve, np.log2(counts), right=np.inf) for curve in curves])
+        measure = "LAPO + decoder"
+        counts = sorted(int(n) for v, m, n in self.found if v == str(variant) and m == measure)
+        of_counts = [self.shares(variant, measure, n) for n in counts]  # of (seeds,) each
+        needed = []
+        for curve in np.transpose(of_counts):
+            curve = IsotonicRegression().fit_transform(counts, curve)
+            needed.append(2 ** np.interp(share, curve, np.log2(counts), right=np.inf))
+        return np.array(needed)
 
 
 def interval(values):
     """Mean of a number a seed ± half of its 95% interval, as text; not of one seed or infinite ones."""
     if np.isinf(values).any():
         return "; ".join(f"{value:.3g}" for value in values)
-    if len(values) < 2:
-        return f"{np.mean(values):.3g}" if len(values) else ""
+    if len(values) == 0:
+        return ""
+    if len(values) == 1:
+        return f"{np.mean(values):.3g}"
     half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
     return f"{np.mean(values):.3g} ± {half:.2g}"
 
@@ -495,29 +655,55 @@ def interval(values):
 def draw(ax, x, values, color, label):
     """A line through the means of values, [(seeds,)] at x, or medians of labels, and a dot a seed."""
     middle = np.median if label.startswith("labels") else np.mean
-    there = [(at, np.nan_to_num(of, posinf=NEVER)) for at, of in zip(x, values) if len(of)]
-    ax.plot([at for at, _ in there], [middle(v) for _, v in there], color=color, marker="o", label=label)
-    for at, of_seeds in there:
+    places = []
+    middles = []
+    for at, of_seeds in zip(x, values):
+        if len(of_seeds) == 0:
+            continue
+        of_seeds = np.nan_to_num(of_seeds, posinf=NEVER)
+        places.append(at)
+        middles.append(middle(of_seeds))
         ax.scatter([at] * len(of_seeds), of_seeds, s=10, color=color, alpha=0.6, zorder=3)
+    ax.plot(places, middles, color=color, marker="o", label=label)
 
 
-NEVER = 4096  # where a picture has what more than 2,048 labels may reach
+NEVER = 4096  # labels, where a picture has what more than 2,048 may reach
 PREDICTION = "prediction, squared error", [("loss", ""), ("loss of copying", "")]
-TOLD = [f"bits, {of}{control}" for of in ("meant", "carried out") for control in ("", ", untrained IDM")]
-TOLD.append("bits of meant in carried out")
-RL, PPO, BLIND = ("RL + SL", ""), ("PPO from scratch", ""), ("blind play", "")
-FEW, MANY = ("LAPO + decoder", 128), ("LAPO + decoder", 512)
-ENDS = ("demonstrator", ""), ("random", "")  # whose returns fall with the others'
-MENDED = [(f"decoder of pi{x}", 512) for x in ("(o_t)", " at several steps")] + [("pi of later latents", 512)]
-LABELS = ("its own world's labels", "this world's labels", "this world's labels, untrained IDM")
+TOLD = [
+    ("bits, meant", ""),
+    ("bits, meant, untrained IDM", ""),
+    ("bits, carried out", ""),
+    ("bits, carried out, untrained IDM", ""),
+    ("bits of meant in carried out", ""),
+]
+RL = ("RL + SL", "")
+PPO = ("PPO from scratch", "")
+BLIND = ("blind play", "")
+FEW = ("LAPO + decoder", 128)
+MANY = ("LAPO + decoder", 512)
+ENDS = [("demonstrator", ""), ("random", "")]  # whose returns fall with the others'
+MENDED = [("decoder of pi(o_t)", 512), ("decoder of pi at several steps", 512), ("pi of later latents", 512)]
 COMMONEST = ("accuracy, commonest action", "")
-SEEN = ("z_t", "z_t+k", "z_t to z_t+k", "pi(o_t)", "pi(o_t-k) to pi(o_t)")
+LABELS = [
+    ("accuracy, its own world's labels", ""),
+    ("accuracy, this world's labels", ""),
+    ("accuracy, this world's labels, untrained IDM", ""),
+    COMMONEST,
+]
+SEEN = [
+    ("accuracy from z_t", ""),
+    ("accuracy from z_t+k", ""),
+    ("accuracy from z_t to z_t+k", ""),
+    ("accuracy from pi(o_t)", ""),
+    ("accuracy from pi(o_t-k) to pi(o_t)", ""),
+    COMMONEST,
+]
 PANELS = {  # question: what x is, panels [(title, [(measure, n_labels)])]
     "stochastic": (
         "rate of random actions (FrozenLake), of sticky ones (coinrun)",
         [
             PREDICTION,
-            ("latents tell of actions, bits", [(x, "") for x in TOLD]),
+            ("latents tell of actions, bits", TOLD),
             ("play", [FEW, ("cloning", 128), RL, PPO, BLIND]),
         ],
     ),
@@ -535,13 +721,13 @@ PANELS = {  # question: what x is, panels [(title, [(measure, n_labels)])]
         "",
         [
             ("return", [MANY, RL, PPO, *ENDS, BLIND]),
-            ("the IDM as a labeller", [*((f"accuracy, {x}", "") for x in LABELS), COMMONEST]),
+            ("the IDM as a labeller", LABELS),
         ],
     ),
     "delay": (
         "steps until an action shows",
         [
-            ("what tells a_t, 512 labels", [*((f"accuracy from {x}", "") for x in SEEN), COMMONEST]),
+            ("what tells a_t, 512 labels", SEEN),
             ("return", [MANY, ("cloning", 512), *MENDED, *ENDS]),
         ],
     ),
@@ -554,36 +740,47 @@ def numbers(answers, variant, title, measure, n):
     """What a panel shows of a variant: (seeds,)."""
     if measure.startswith("labels for"):
         return answers.labels_for(variant, float(measure.split()[-1]))
-    return (answers.shares if title == "play" else answers.of)(variant, measure, n)
+    if title == "play":
+        return answers.shares(variant, measure, n)
+    return answers.of(variant, measure, n)
+
+
+def plot_panel(ax, question, answers, title, lines):
+    """Lines [(measure, n_labels)] against the variants."""
+    x = []
+    for i, variant in enumerate(answers.variants):
+        x.append(float(variant) if variant[-1].isdigit() else i)  # or names
+    for color, (measure, n) in zip(COLORS, lines):
+        values = [numbers(answers, variant, title, measure, n) for variant in answers.variants]
+        name = f"{measure}, {n} labels" if n else measure
+        if question == "video":
+            name += slope(x, values)
+        draw(ax, x, values, color, name)
+        if measure.startswith("labels for"):
+            ax.set_yscale("log", base=2)
+    if question == "video":
+        cloning = answers.shares(65536, "cloning", 128).mean()
+        ax.axhline(cloning, color=COLORS[1], ls="--", label="cloning, 128 labels")
+        ax.set_xscale("log", base=2)
+    else:
+        names = [variant.replace(", ", ",\n") for variant in answers.variants]
+        ax.set_xticks(x, names, fontsize=8)
+    if title == "play":
+        ax.axhline(1, color="#333333", ls=":", lw=1)
+    ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
 
 
 def plot(question, games, path):
     """A question's picture: a row a game {env_id: Answers}, a column a panel."""
     label, panels = PANELS[question]
-    size = 5 * len(panels), 4.2 * len(games)
+    size = (5 * len(panels), 4.2 * len(games))
     fig, axes = plt.subplots(len(games), len(panels), figsize=size, squeeze=False, layout="constrained")
     for row, (env_id, answers) in zip(axes, games.items()):
-        x = [float(v) if v[-1].isdigit() else i for i, v in enumerate(answers.variants)]  # or names
         for ax, (title, lines) in zip(row, panels):
-            for color, (measure, n) in zip(COLORS, lines):
-                values = [numbers(answers, v, title, measure, n) for v in answers.variants]
-                name = f"{measure}, {n} labels" if n else measure
-                if question == "video":
-                    name += slope(x, values)
-                draw(ax, x, values, color, name)
-            if question == "video":
-                cloning = answers.shares(65536, "cloning", 128).mean()
-                ax.axhline(cloning, color=COLORS[1], ls="--", label="cloning, 128 labels")
-                ax.set_xscale("log", base=2)
-            if title == "play":
-                ax.axhline(1, color="#333333", ls=":", lw=1)
-                title = "share of the demonstrator's return"
-            if measure.startswith("labels for"):
-                ax.set_yscale("log", base=2)
-            ax.set(title=f"{env_id}: {title}", xlabel=label)
-            if question != "video":
-                ax.set_xticks(x, [v.replace(", ", ",\n") for v in answers.variants], fontsize=8)
-            ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
+            plot_panel(ax, question, answers, title, lines)
+            what = "share of the demonstrator's return" if title == "play" else title
+            ax.set_title(f"{env_id}: {what}")
+            ax.set_xlabel(label)
     fig.savefig(path, dpi=90, bbox_inches="tight")
 
 
@@ -595,45 +792,63 @@ def slope(x, values):
 
 def table(question, env_id, answers):
     """Means with 95% intervals as Markdown: a row a measure, a column a variant; shares as drawn."""
-    lines = [f"\n## {question}, {env_id}\n", "| | " + " | ".join(answers.variants) + " |"]
-    lines.append("|---" * (1 + len(answers.variants)) + "|")
-    rows = [(measure, "", measure, n) for measure, n in dict.fromkeys((m, n) for _, m, n in answers.found)]
-    for title, drawn in PANELS[question][1]:
+    rows = []  # (name, title of the panel, measure, n_labels)
+    for measure, n in dict.fromkeys((measure, n) for _, measure, n in answers.found):
+        rows.append((measure, "", measure, n))
+    _, panels = PANELS[question]
+    for title, lines in panels:
         if title == "play" or title.startswith("labels"):
-            rows += [(f"{title}: {measure}", title, measure, n) for measure, n in drawn]
+            rows += [(f"{title}: {measure}", title, measure, n) for measure, n in lines]
+    text = [f"\n## {question}, {env_id}\n", "| | " + " | ".join(answers.variants) + " |"]
+    text.append("|---" * (1 + len(answers.variants)) + "|")
     for name, title, measure, n in rows:
-        values = [numbers(answers, v, title, measure, n) for v in answers.variants]
-        name += f", {n} labels" * bool(n)
+        values = [numbers(answers, variant, title, measure, n) for variant in answers.variants]
+        if n:
+            name += f", {n} labels"
         if question == "video" and title:
-            name += slope(list(map(float, answers.variants)), values)
-        lines.append(f"| {name} | " + " | ".join(map(interval, values)) + " |")
-    return "\n".join(lines) + "\n"
+            name += slope([float(variant) for variant in answers.variants], values)
+        text.append(f"| {name} | " + " | ".join(map(interval, values)) + " |")
+    return "\n".join(text) + "\n"
 
 
-if __name__ == "__main__":
-    args, path = tyro.cli(Args, description=__doc__), RESULTS / "questions.csv"
-    if args.question and args.question not in QUESTIONS:
-        sys.exit(f"error: {args.question} is none of {', '.join(QUESTIONS)}")
-    small = ["FrozenLake-v1"] * (args.question in ("stochastic", "bottleneck"))
-    if args.env_id not in ("coinrun", *small):
-        sys.exit(f"error: ENV_ID is {args.env_id}, expected {' or '.join(['coinrun', *small])}")
-    failed = 0
-    for seed in args.seeds if args.question else ():
-        try:
-            for row, value in ask(args.question, args.env_id, seed):
-                add(row | {"value": f"{value:.4g}"}, path)
-        except subprocess.CalledProcessError as e:  # the stage has said why
-            failed = e.returncode
-            if failed != 1:
-                sys.exit(failed)  # it was stopped: so are the other seeds
-    rows, tables = read(path), []
+def draw_all(path):
+    """The pictures and tables of all rows that there are."""
+    rows = list(read(path).values())
+    tables = []
     for question in QUESTIONS:
-        mine = [row for row in rows.values() if row["question"] == question]
-        games = {row["env_id"]: None for row in mine}
-        for env_id in games:
+        mine = [row for row in rows if row["question"] == question]
+        games = {}
+        for env_id in dict.fromkeys(row["env_id"] for row in mine):
             games[env_id] = Answers([row for row in mine if row["env_id"] == env_id])
             tables.append(table(question, env_id, games[env_id]))
         if games:
             plot(question, games, RESULTS / f"questions-{question}.png")
-    (RESULTS / "questions.md").write_text("Means over seeds ± half of a 95% interval.\n" + "".join(tables))
+    text = "Means over seeds ± half of a 95% interval.\n" + "".join(tables)
+    (RESULTS / "questions.md").write_text(text)
+
+
+def main(args):
+    path = RESULTS / "questions.csv"
+    if args.question and args.question not in QUESTIONS:
+        sys.exit(f"error: {args.question} is none of {', '.join(QUESTIONS)}")
+    games = ["coinrun"]
+    if args.question in ("stochastic", "bottleneck"):
+        games.append("FrozenLake-v1")
+    if args.env_id not in games:
+        sys.exit(f"error: ENV_ID is {args.env_id}, expected {' or '.join(games)}")
+    failed = 0
+    if args.question:
+        for seed in args.seeds:
+            try:
+                for row, value in ask(args.question, args.env_id, seed):
+                    add({**row, "value": f"{value:.4g}"}, path)
+            except subprocess.CalledProcessError as e:  # the stage has said why
+                failed = e.returncode
+                if failed != 1:
+                    sys.exit(failed)  # it was stopped: so are the other seeds
+    draw_all(path)
     sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,4 +1,4 @@
-"""The documentation's pictures: of a quickstart, and of lapo_inspect.py's report on it.
+"""The documentation's pictures: of a quickstart, and of the report of tools/inspect_latents.py on it.
 
 make pictures    # runs/quickstart/coinrun__1 -> docs/{quickstart.png,latents.png,dreams.gif,agent.gif}
 """
@@ -23,21 +23,37 @@ class Args:
     film_frames: int = 75  # the agent's film is cut after so many frames (15 a second)
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
-    runs, out = Path(args.runs_dir), Path(args.out)
-    inspect = runs / f"{args.env_id}__lapo_inspect__{args.seed}"
-    copies = {"quickstart.png": runs / "report.png", "latents.png": inspect / "latents.png"}
-    copies["dreams.gif"], film = inspect / "rollouts.gif", inspect / "lapo_decode.gif"
-    missing = [str(path) for path in (*copies.values(), film) if not path.exists()]
+def cut_film(source, target, num_frames):
+    """The first frames of a GIF."""
+    with Image.open(source) as gif:
+        shown = zip(range(num_frames), ImageSequence.Iterator(gif))
+        frames = [frame.copy() for _, frame in shown]
+    durations = [frame.info["duration"] for frame in frames]
+    frames[0].save(target, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+def main(args):
+    runs = Path(args.runs_dir)
+    out = Path(args.out)
+    report = runs / f"{args.env_id}__inspect_latents__{args.seed}"
+    sources = {
+        "quickstart.png": runs / "report.png",
+        "latents.png": report / "latents.png",
+        "dreams.gif": report / "rollouts.gif",
+        "agent.gif": report / "lapo_decode.gif",
+    }
+    missing = [str(path) for path in sources.values() if not path.exists()]
     if missing:
         sys.exit(f"error: {', '.join(missing)} missing: run `make quickstart`, then `make pictures`")
     out.mkdir(parents=True, exist_ok=True)
-    for name, source in copies.items():
-        shutil.copyfile(source, out / name)
-    with Image.open(film) as gif:
-        frames = [frame.copy() for _, frame in zip(range(args.film_frames), ImageSequence.Iterator(gif))]
-    durations = [frame.info["duration"] for frame in frames]
-    frames[0].save(out / "agent.gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
-    for name in (*copies, "agent.gif"):
-        print(f"wrote {out / name} ({(out / name).stat().st_size / 1e6:.2f} MB)")
+    for name, source in sources.items():
+        if name == "agent.gif":
+            cut_film(source, out / name, args.film_frames)
+        else:
+            shutil.copyfile(source, out / name)
+        megabytes = (out / name).stat().st_size / 1e6
+        print(f"wrote {out / name} ({megabytes:.2f} MB)")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

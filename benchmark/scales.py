@@ -19,7 +19,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lapo_bc import LatentPolicy, effective_rank, get_windows, load_checkpoint, load_dataset  # noqa: E402
-from lapo_inspect import build_networks  # noqa: E402
+from tools.loading import load_lapo, load_policy  # noqa: E402
 
 
 @dataclass
@@ -31,77 +31,103 @@ class Args:
     pretrain_name: str = "lapo_pretrain"  # --exp-name of the pretraining
     bc_name: str | None = "lapo_bc"  # --exp-name of the cloning
     num_windows: int = 512  # test windows
-    allow_unfinished: bool = False  # take the checkpoint of an unfinished run, too
 
 
 def rms(x):
     return x.detach().float().square().mean().sqrt().item()
 
 
-def row(name, x, gradient=None):
+def print_row(name, x, gradient=None):
     """Prints what is known of values x (n, ...) and their gradient."""
     x = x.detach().float().flatten(1)
+    mean = x.mean().item()
+    deviation = x.std(0).median().item()
     alive = (x > 0).any(0).float().mean().item()
-    values = [x.mean().item(), x.std(0).median().item(), alive, effective_rank(x)]
-    cells = [f"{value:.2g}" for value in values] + ["" if gradient is None else f"{gradient:.1e}"]
-    print(f"| {name}, {x.shape[1]} | " + " | ".join(cells) + " |")
+    cells = [f"{value:.2g}" for value in (mean, deviation, alive, effective_rank(x))]
+    if gradient is None:
+        cells.append("")
+    else:
+        cells.append(f"{gradient:.1e}")
+    text = " | ".join(cells)
+    print(f"| {name}, {x.shape[1]} | {text} |")
+
+
+def measure_pretraining(lapo, windows):
+    """Rows from frames to IDM, z, VQ and FDM; the latents z (n, latent_dim) before VQ."""
+    n = len(windows)  # the loss is a mean over windows: a window's gradient is n times its row
+    idm = lapo.idm
+    conv = idm.network.conv(idm.see(windows))  # (n, C)
+    features = torch.relu(idm.network.fc(conv))  # (n, 256)
+    z = idm.head(features)  # (n, latent_dim)
+    quantised = z
+    codes = "no VQ"
+    if lapo.vq:
+        quantised, _, index, _ = lapo.vq(z)  # index (n, N, H)
+        codes = [len(used.unique()) for used in index.unbind(1)]
+    for x in (conv, features, z, quantised):
+        x.retain_grad()
+    frames = windows[:, :6]
+    target = windows[:, 6:]
+    loss = F.mse_loss(lapo.fdm(frames, quantised), target)
+    loss.backward()
+    places = {
+        "IDM: convolutions": conv,
+        "IDM: features": features,
+        "z, before VQ": z,
+        "z, given to the FDM": quantised,
+    }
+    for name, x in places.items():
+        print_row(name, x, n * rms(x.grad))
+
+    first = lapo.fdm.down_convs[0]
+    C = lapo.fdm.frame_channels
+    patches = F.pixel_unshuffle(frames, lapo.fdm.patch_size)
+    of_frames = F.conv2d(patches, first.weight[:, :C], padding=1)
+    of_z = first.weight[:, C:].sum((2, 3))  # (width, latent_dim), inside the image
+    print_row("FDM's first layer: from frames", of_frames)
+    print_row("FDM's first layer: from z", quantised @ of_z.T)
+    for name, network in (("IDM", idm), ("FDM", lapo.fdm)):
+        gradients = [p.grad.flatten() for p in network.parameters()]
+        gradients = torch.cat(gradients)
+        print(f"| {name}: parameters, {len(gradients):,} | | | | | {rms(gradients):.1e} |")
+    copying = F.mse_loss(windows[:, 3:6], target).item()
+    return z, f"loss {loss.item():.3g}, of copying {copying:.3g}; codes in use {codes}"
+
+
+@torch.no_grad()
+def measure_cloning(cloned, obs, z):
+    """Rows of the latent policy, and of what starts from it; obs (n, 64, 64, 3), z (n, latent_dim)."""
+    policy = load_policy(cloned, "cpu")
+    sizes = cloned["args"]["policy_scale"], z.shape[1], cloned["pretrain_args"]["patch_size"]
+    fresh = LatentPolicy(*sizes)
+    x = obs.permute(0, 3, 1, 2).float() / 255 - 0.5
+    for name, network in (("fresh policy", fresh), ("cloned policy", policy)):
+        conv = network.network.conv(x)
+        print_row(f"{name}: convolutions", conv)
+        print_row(f"{name}: features (RL's heads, VPT's last layer)", network.features(obs))
+    fitted = (z - policy.mean) / policy.std
+    played = (policy(obs) - policy.mean) / policy.std
+    print_row("decoder's input when fitted: (z - mean) / std", fitted)
+    print_row("decoder's input when it plays", played)
+
+
+def main(args):
+    runs = Path(args.runs_dir)
+    path = runs / f"{args.env_id}__{args.pretrain_name}__{args.seed}" / "checkpoint.pt"
+    pretrained = load_checkpoint(path, "lapo_pretrain", args.env_id)
+    _, _, test = load_dataset(args)
+    t = np.random.default_rng(0).permutation(test.windows)[: args.num_windows]
+    lapo = load_lapo(pretrained, "cpu")
+    print("| place, dimensions | mean | deviation | ever active | effective rank | gradient |")
+    print("|---|---|---|---|---|---|")
+    z, losses = measure_pretraining(lapo, get_windows(test, t, "cpu"))
+    if args.bc_name:
+        path = runs / f"{args.env_id}__{args.bc_name}__{args.seed}" / "checkpoint.pt"
+        cloned = load_checkpoint(path, "lapo_bc", args.env_id)
+        obs = torch.from_numpy(test[t])  # (n, 64, 64, 3) uint8
+        measure_cloning(cloned, obs, z.detach())
+    print(f"\n{losses}")
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
-
-    def checkpoint(name, made_by, parts):
-        path = f"{args.runs_dir}/{args.env_id}__{name}__{args.seed}/checkpoint.pt"
-        return load_checkpoint(path, made_by, parts, args)
-
-    pretrained = checkpoint(args.pretrain_name, "lapo_pretrain", ["idm", "vq", "fdm"])
-    _, frames, windows = load_dataset(args)
-    t = np.random.default_rng(0).permutation(windows["test"])[: args.num_windows]
-    idm, vq, fdm = build_networks(pretrained["args"], torch.device("cpu"), pretrained)
-    batch = get_windows(frames["test"], t, "cpu")
-    print("| place, dimensions | mean | deviation | ever active | effective rank | gradient |")
-    print("|---|---|---|---|---|---|")
-
-    # pretraining: frames -> IDM -> z -> VQ -> FDM
-    conv = idm.network.conv(idm.see(batch))  # (B, C)
-    features = torch.relu(idm.network.fc(conv))  # (B, 256)
-    z = idm.head(features)  # (B, latent_dim)
-    quantised = vq(z)[0] if vq else z
-    for x in (conv, features, z):
-        x.retain_grad()
-    if vq:
-        quantised.retain_grad()
-    prediction = fdm(batch[:, :6], quantised)
-    loss = F.mse_loss(prediction, batch[:, 6:])
-    loss.backward()
-    n = len(t)  # the loss is a mean over windows: a window's gradient is n times its row
-    row("IDM: convolutions", conv, rms(conv.grad) * n)
-    row("IDM: features", features, rms(features.grad) * n)
-    row("z, before VQ", z, rms(z.grad) * n)
-    row("z, given to the FDM", quantised, rms(quantised.grad) * n if vq else None)
-    first = fdm.down_convs[0]
-    patches = F.pixel_unshuffle(batch[:, :6], fdm.P)
-    row("FDM's first layer: from frames", F.conv2d(patches, first.weight[:, : fdm.C], padding=1))
-    row("FDM's first layer: from z", quantised @ first.weight[:, fdm.C :].sum((2, 3)).T)
-    for name, network in (("IDM", idm), ("FDM", fdm)):
-        gradients = torch.cat([p.grad.flatten() for p in network.parameters()])
-        print(f"| {name}: parameters, {len(gradients):,} | | | | | {rms(gradients):.1e} |")
-    change = (batch[:, 6:] - batch[:, 3:6]).square().mean().item()
-    used = [len(codes.unique()) for codes in vq(z)[2].unbind(1)] if vq else "no VQ"  # (B, N, H)
-    print(f"\nloss {loss.item():.3g}, of copying {change:.3g}; codes in use {used}")
-
-    # cloning, and what starts from it
-    if args.bc_name:
-        cloned = checkpoint(args.bc_name, "lapo_bc", ["policy", "pretrain_args"])
-        policy = LatentPolicy(
-            cloned["args"]["policy_scale"], z.shape[1], cloned["pretrain_args"]["patch_size"]
-        )
-        fresh = {"fresh policy": LatentPolicy(cloned["args"]["policy_scale"], z.shape[1], fdm.P)}
-        policy.load_state_dict(cloned["policy"])
-        obs = torch.from_numpy(frames["test"][t])
-        for name, network in (("fresh policy", fresh), ("cloned policy", policy)):
-            conv = network.network.conv(obs.permute(0, 3, 1, 2).float() / 255 - 0.5)
-            row(f"{name}: convolutions", conv)
-            row(f"{name}: features (RL's heads, VPT's last layer)", network.features(obs))
-        row("decoder's input when fitted: (z - mean) / std", (z - policy.mean) / policy.std)
-        row("decoder's input when it plays", (policy(obs) - policy.mean) / policy.std)
+    main(tyro.cli(Args, description=__doc__))

@@ -2,14 +2,13 @@
 
 import contextlib
 import gc
-import hashlib
 import importlib
 import io
 import itertools
 import json
 import os
+import re
 import runpy
-import shlex
 import shutil
 import signal
 import subprocess
@@ -21,11 +20,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: sums in the same order here
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 
-import filelock  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import tyro  # noqa: E402
+from filelock import BaseFileLock, FileLock  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
-from torch.utils import tensorboard  # noqa: E402
+from torch.utils.tensorboard import SummaryWriter  # noqa: E402
 
 if OLD := sys.version_info < (3, 13):
     importlib.import_module("gym_notices.notices").notices.clear()  # gym's lines about its future
@@ -40,7 +40,7 @@ ROLLOUT = "--total-timesteps 2048 --num-envs 16 --num-steps 32"
 TOY = {
     "ppo_procgen": f"{ROLLOUT} --num-levels 16 --scale 0.25 --eval-episodes 8",
     "collect_expert_data": "--num-envs 16 --num-train-frames 2000 --num-test-frames 400 "
-    f"--expert-checkpoint runs/{ENV_ID}__ppo_procgen__1/checkpoint.pt",
+    f"--num-random-episodes 16 --expert-checkpoint runs/{ENV_ID}__ppo_procgen__1/checkpoint.pt",
     "lapo_pretrain": "--num-updates 6 --batch-size 16 --idm-scale 0.25 --fdm-width 4 --vq-dim 2 "
     "--eval-every 3 --eval-windows 64",
     "lapo_bc": "--num-updates 6 --batch-size 16 --policy-scale 0.25 --warmup-updates 2 --eval-every 3",
@@ -52,7 +52,6 @@ TOY = {
 TOY = {stage: f"--env-id {ENV_ID} --no-cuda --no-bf16 {flags}".split() for stage, flags in TOY.items()}
 NO_SL = "lapo_finetune_ppo_no_sl"
 RUNS = {stage: (stage, []) for stage in STAGES} | {NO_SL: (STAGES[-1], ["--no-sl", "--exp-name", NO_SL])}
-NOW = ["--checkpoint-seconds", "0"]  # save whenever that is possible
 FRESH = ["--exp-name", "fresh"]  # a run folder that is not there yet
 INPUT = {  # stage: the flag that names its checkpoint, the stage that makes it
     "collect_expert_data": ("--expert-checkpoint", "ppo_procgen"),
@@ -76,33 +75,34 @@ def load(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def tensors(path, part=None):
-    """Every tensor of a checkpoint, {"part.name": tensor}, or those of one part, {"name": tensor}."""
-    parts = load(path)
-    if part:
-        return parts[part]
-    parts = {name: part for name, part in parts.items() if isinstance(part, dict)}
-    return {f"{part}.{name}": x for part in parts for name, x in parts[part].items() if torch.is_tensor(x)}
+def same(a, b):
+    """Whether two state dicts are the same bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def same_tensors(a, b):
-    """Whether two checkpoints hold the same tensors bit for bit."""
-    a, b = tensors(a), tensors(b)
-    return a.keys() == b.keys() != set() and all(torch.equal(a[k], b[k]) for k in a)
+def same_networks(a, b):
+    """Whether two checkpoints hold the same networks bit for bit."""
+    a, b = load(a), load(b)
+    networks = {"agent", "idm", "vq", "fdm", "policy", "decoder"} & a.keys()
+    return networks and all(same(a[name], b[name]) for name in networks)
 
 
 def scalars(folder):
-    """{tag: [(step, value), ...]} of a run folder's TensorBoard files, without the rate."""
+    """{tag: [(step, value), ...]} of a run folder's TensorBoard files."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    tags = set(events.Tags()["scalars"]) - {"charts/SPS"}
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def snapshot(folder, suffix=""):
-    """{file: hash of its bytes} of a folder, without locks."""
+def files_of(folder, suffix=""):
+    """{file: whether it is another or was written, in numbers} of a folder, without locks."""
     files = [p for p in Path(folder).rglob(f"*{suffix}") if p.is_file() and p.name != ".lock"]
-    return {p.relative_to(folder): hashlib.blake2b(p.read_bytes()).digest() for p in files}
+    return {p.relative_to(folder): (p.stat().st_ino, p.stat().st_size, p.stat().st_mtime_ns) for p in files}
+
+
+def contents_of(folder, suffix=""):
+    """{file: its bytes} of a folder, without locks."""
+    return {path: (Path(folder) / path).read_bytes() for path in files_of(folder, suffix)}
 
 
 def link_tree(source, target):
@@ -111,67 +111,65 @@ def link_tree(source, target):
 
 
 def replace(path, content):
-    """Gives a file of a link_tree other content: bytes, text or what torch.save takes."""
-    path.unlink()
-    if isinstance(content, dict):
+    """Gives a file of a link_tree other content: bytes, text, what torch.save takes, or none."""
+    path.unlink(missing_ok=True)
+    if isinstance(content, dict | list):
         torch.save(content, path)
-    else:
+    elif content is not None:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def start(script, *flags, cwd, **env):
-    """Runs a script as a user would, in a process of its own."""
+def process(script, *flags, cwd, **env):
+    """A process of its own that runs a script."""
     script = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
-    done = subprocess.run(script, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=300)
-    # a CUDA build of torch warns of a compiler without a GPU
-    done.stderr = "".join(x for x in done.stderr.splitlines(keepends=True) if "cpp_extension.py" not in x)
-    return done
+    pipe = subprocess.PIPE
+    return subprocess.Popen(script, cwd=cwd, env=os.environ | env, stdout=pipe, stderr=pipe, text=True)
 
 
-def command(stage, *flags):
-    """The command that inline() runs, as the script prints it."""
-    return f"python {ROOT / stage}.py {shlex.join(map(str, flags))}"
-
-
-def inline(cwd, script, *flags):
+def inline(cwd, script, *flags, save_seconds=60):
     """Runs a script in this process, which saves the seconds of importing torch. Returns its globals.
 
-    As with a process of its own, its locks, logs and signal handlers end with it.
+    As with a process of its own, its locks and logs end with it.
     """
-    handlers, ends = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, []
+    opened = []
 
-    def noting(make, end):
-        def made(*args, **kwargs):
-            thing = make(*args, **kwargs)
-            ends.append(lambda: end(thing))
-            return thing
+    def noting(method):
+        def noted(self, *args, **kwargs):
+            opened.append(self)
+            return method(self, *args, **kwargs)
 
-        return made
+        return noted
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
         patch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
-        patch.setattr(filelock, "FileLock", noting(filelock.FileLock, lambda lock: lock.release(force=True)))
-        patch.setattr(tensorboard, "SummaryWriter", noting(tensorboard.SummaryWriter, lambda w: w.close()))
-        for module, name in ((filelock, "FileLock"), (tensorboard, "SummaryWriter")):  # vpt.py's, too
-            patch.setattr(decode, name, getattr(module, name))
+        patch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own
+        patch.setattr(BaseFileLock, "acquire", noting(BaseFileLock.acquire))
+        patch.setattr(SummaryWriter, "__init__", noting(SummaryWriter.__init__))
+        module = importlib.import_module(script.replace("/", "."))
+        if hasattr(module, "SAVE_SECONDS"):
+            patch.setattr(module, "SAVE_SECONDS", save_seconds)
         try:
-            return runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+            if script.startswith("benchmark/") or not hasattr(module, "main"):
+                return runpy.run_path(module.__file__, run_name="__main__")
+            module.main(tyro.cli(module.Args, description=module.__doc__))
+            return vars(module)
         finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            for end in ends:
-                with contextlib.suppress(OSError):  # on a full disk
-                    end()
+            for thing in opened:
+                thing.release(force=True) if isinstance(thing, BaseFileLock) else thing.close()
             gc.collect()  # closes Procgen's games here: while others are opened it would wait for itself
 
 
 def refusal(cwd, script, *flags):
     """The sentence with which a script refuses, after checking its form."""
-    with pytest.raises(SystemExit) as caught:
+    with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit) as caught:
         inline(cwd, script, *flags)
-    message = caught.value.code
-    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message, message
+    if isinstance(caught.value.code, str):
+        print(caught.value.code, file=err)
+    else:
+        assert caught.value.code == 1
+    (message,) = re.findall(r"error: .*", err.getvalue())  # behind tqdm's bar, where there is one
+    assert "Traceback" not in err.getvalue()
     return message
 
 
@@ -186,28 +184,19 @@ class Killed(BaseException):
     """As kill -9: nothing catches it."""
 
 
-def kill():
-    raise Killed
-
-
-def ctrl_c():
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-def interrupted(cwd, stage, *flags, owner, name, n, action=ctrl_c):
-    """Runs a script in this process, with action() after the nth call of owner.name; its exit status."""
+def killed(cwd, stage, *flags, owner, name, n):
+    """Runs a script in this process, always saving, up to the end of the nth call of owner.name."""
     original, calls = getattr(owner, name), itertools.count(1)
 
     def counting(*args, **kwargs):
         result = original(*args, **kwargs)
         if next(calls) == n:
-            action()
+            raise Killed
         return result
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises((SystemExit, Killed)) as caught:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(owner, name, counting)
-        inline(cwd, stage, *flags)
-    return getattr(caught.value, "code", "killed")
+        inline(cwd, stage, *flags, save_seconds=0)
 
 
 ADAM_STEP = {"owner": torch.optim.Adam, "name": "step"}
@@ -229,7 +218,7 @@ def pipeline(tmp_path_factory):
     shared = tmp_path_factory.getbasetemp()
     shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
     cwd = shared / "pipeline"
-    with filelock.FileLock(shared / "pipeline.lock"):
+    with FileLock(shared / "pipeline.lock"):
         if not (cwd / "stdout.json").exists():
             cwd.mkdir()
             stdout = {}

@@ -1,70 +1,98 @@
-"""One process of a run of several: `python rank.py SCRIPT flags...`, with torchrun's variables set.
+"""A process of its own: `python rank.py SCRIPT flags...` runs a stage that saves every SAVE_SECONDS.
 
-Runs a stage and saves what this rank ended with. SIGINT_AT=n: it gets a signal at its nth update; NAN_AT=r:
-rank r's losses are not finite. `update` instead of a stage calls the function below.
+`python rank.py ranks` is one of two processes, with torchrun's variables set: it computes what is below, runs
+the stages that know torchrun, one after another, and saves what this rank ended with.
 """
 
+import importlib
+import itertools
 import os
-import runpy
-import signal
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-RANK, seen = int(os.environ["RANK"]), {}
-from conftest import GAMES, games, look  # noqa: E402
-
-
-class Recorder(getattr(games, GAMES)):
-    """Notes what the first games of a process look like at their start."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        seen.setdefault("obs", torch.from_numpy(look(self)[0]))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+RANK = int(os.environ.get("RANK", 0))
+MORE = {
+    "ppo_procgen": "--num-envs 64 --num-steps 8 --num-levels 0".split(),
+    "collect_expert_data": ["--data-dir", "shards"],
+}
 
 
-def interrupt(step=torch.optim.Adam.step, count=[0]):  # noqa: B006
-    def stepping(self, *args):
-        count[0] += 1
-        if count[0] == int(os.environ["SIGINT_AT"]):
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, *args)
-
-    torch.optim.Adam.step = stepping
-
-
-def update():
+def update(pretrain):
     """Gradients and codebooks after this rank's half of a batch."""
-    import lapo_pretrain as pretrain
-
-    pretrain.dist.init_process_group()
     torch.manual_seed(0)
     idm, vq, fdm = pretrain.IDM(0.25, 16), pretrain.VQ(2, 4, 2, 64, 0.05, 0.999), pretrain.FDM(16, 4)
+    model = pretrain.DistributedDataParallel(pretrain.LAPO(idm, vq, fdm), forward_sync_buffers=False)
     windows = (torch.rand(16, 9, 64, 64) - 0.5)[8 * RANK : 8 * RANK + 8]
-    params = [*idm.parameters(), *fdm.parameters()]
-    prediction, vq_loss, *_ = pretrain.predict(idm, vq, fdm, windows)
-    loss = F.mse_loss(prediction, windows[:, 6:]) + vq_loss
-    loss.backward()
-    seen.update(loss=pretrain.average(loss, params), grads=[p.grad for p in params], vq=vq.state_dict())
+    prediction, vq_loss, _ = model(windows, windows)
+    (F.mse_loss(prediction, windows[:, 6:]) + vq_loss).backward()
+    return {"grads": {name: p.grad for name, p in model.module.named_parameters()}, "vq": vq.state_dict()}
+
+
+def averaged(module):
+    """What average_gradients makes of two gradients, 0 and 1, 4 and 9; between them is one of none."""
+    a, b, c = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (4,), ()))
+    a.grad, c.grad = torch.full((2, 3), float(RANK)), torch.tensor(float(2 + RANK) ** 2)
+    module.average_gradients([a, b, c])
+    return [a.grad, b.grad, c.grad]
+
+
+def run(script, *flags):
+    """A stage; what its exit status is where it refuses."""
+    module = importlib.import_module(script)
+    module.SAVE_SECONDS = float(os.environ.get("SAVE_SECONDS", 60))
+    sys.argv = [f"{script}.py", *flags]
+    try:
+        module.main(tyro.cli(module.Args))
+    except SystemExit as e:
+        return e.code
+
+
+def ranks():
+    from conftest import TOY, bc, finetune, ppo, pretrain
+
+    init, destroy, numbers = dist.init_process_group, dist.destroy_process_group, itertools.count()
+    ended, games = {}, []
+
+    def meet():
+        init("gloo", init_method=f"file://{Path.cwd()}/meet{next(numbers)}", rank=RANK, world_size=2)
+
+    def part():
+        ended.update(sys._getframe(1).f_locals)  # of main()
+        destroy()
+
+    def make_env(*args, make=ppo.make_env):
+        env = make(*args)
+        games.append(torch.from_numpy(env.observe()[1]["rgb"].copy()))
+        return env
+
+    dist.init_process_group, dist.destroy_process_group, ppo.make_env = meet, part, make_env
+    meet()
+    torch.manual_seed(0)
+    z = torch.randn(1000, 3) * torch.tensor([0.003, 1.0, 40.0]) + torch.tensor([5.0, 0.0, -1.0])
+    found = {"update": update(pretrain), "averaged": [averaged(ppo), averaged(finetune)], "z": z}
+    found["moments"] = bc.latent_moments(z.split([700, 300])[RANK])
+    destroy()
+    for stage in ("lapo_pretrain", "ppo_procgen", "collect_expert_data", "lapo_bc", "lapo_finetune_ppo"):
+        run(stage, *TOY[stage], "--runs-dir", "two", *MORE.get(stage, ()))
+        networks = {name: x for name, x in ended.items() if name in ("idm", "vq", "fdm", "policy", "agent")}
+        found[stage] = {name: network.state_dict() for name, network in networks.items()}
+        ended.clear()
+    found["games"] = games[1]  # games[0] is of a look at --env-id
+    if RANK == 1:
+        mse_loss = F.mse_loss
+        F.mse_loss = lambda *args: mse_loss(*args) * torch.nan
+    found["nan"] = run("lapo_pretrain", *TOY["lapo_pretrain"], "--runs-dir", "nan")
+    torch.save(found, f"rank{RANK}.pt")
 
 
 if __name__ == "__main__":
-    script, *sys.argv[1:] = sys.argv[1:]
-    if "SIGINT_AT" in os.environ:
-        interrupt()
-    if os.environ.get("NAN_AT") == os.environ["RANK"]:
-        mse_loss = F.mse_loss
-        F.mse_loss = lambda *args: mse_loss(*args) * torch.nan
-    if script == "update":
-        update()
+    if sys.argv[1:] == ["ranks"]:
+        ranks()
     else:
-        setattr(games, GAMES, Recorder)
-        sys.argv[0] = f"{script}.py"
-        ended = runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
-        parts = {name: ended[name] for name in ("idm", "vq", "fdm", "policy", "agent") if name in ended}
-        seen |= {name: part.state_dict() for name, part in parts.items()}
-    torch.save(seen, f"rank{RANK}.pt")
+        sys.exit(run(*sys.argv[1:]))

@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
-    ADAM_STEP, ENV_ID, NOW, STAGES, TOY, bc, finetune, inline, interrupted, ppo, pretrain, results_of,
+    ADAM_STEP, ENV_ID, STAGES, TOY, bc, finetune, inline, killed, ppo, pretrain, results_of,
 )  # fmt: skip
-from test_plain_forms import gradients, random_frames, relative
+from test_ppo import gradients, random_frames, relative
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 FLAGS = {stage: [x for x in flags if x not in ("--no-cuda", "--no-bf16")] for stage, flags in TOY.items()}
@@ -18,7 +18,7 @@ def pretraining(device):
     for network in (idm, fdm):
         network.to(device, memory_format=torch.channels_last)
     windows = pretrain.get_windows(random_frames(40), np.arange(1, 33), device)
-    return pretrain.predict(idm, None, fdm, windows)[0], windows[:, 6:], idm, fdm
+    return pretrain.LAPO(idm, None, fdm)(windows, windows)[0], windows[:, 6:], idm, fdm
 
 
 def cloning(device):
@@ -63,11 +63,12 @@ def test_every_stage(tmp_path):
     for stage in STAGES:
         inline(tmp_path, stage, *FLAGS[stage])
         assert results_of(tmp_path, stage)["device"] == torch.cuda.get_device_name()
-    inline(tmp_path, "lapo_inspect", "--env-id", ENV_ID, "--rollout-steps", "4", "--num-groups", "5")
-    inline(tmp_path, "vpt", "--env-id", ENV_ID, *"--num-labels 16 --num-draws 2 --eval-episodes 4".split(),
-           *"--idm-epochs 1 --policy-updates 2 --idm-scale 0.25 --policy-scale 0.25".split())  # fmt: skip
-    for stage in ("lapo_pretrain", "lapo_finetune_ppo"):  # stopped, it goes on to the end
-        name, flags = f"{stage}_stopped", [*FLAGS[stage], *NOW]
-        assert interrupted(tmp_path, stage, *flags, "--exp-name", name, **ADAM_STEP, n=2) == 130
-        inline(tmp_path, stage, *flags, "--exp-name", name)
-        assert results_of(tmp_path, name)["args"]["bf16"] == torch.cuda.is_bf16_supported(False)
+    flags = "--rollout-steps 4 --num-groups 5".split()
+    inline(tmp_path, "tools/inspect_latents", "--env-id", ENV_ID, *flags)
+    flags = "--num-labels 16 --num-draws 2 --eval-episodes 4 --idm-epochs 1 --policy-updates 2".split()
+    inline(tmp_path, "vpt", "--env-id", ENV_ID, *flags, "--idm-scale", "0.25", "--policy-scale", "0.25")
+    for stage in ("lapo_pretrain", "lapo_finetune_ppo"):  # killed, it goes on to the end
+        flags = [*FLAGS[stage], "--exp-name", f"{stage}_killed"]
+        killed(tmp_path, stage, *flags, **ADAM_STEP, n=60 if stage == "lapo_finetune_ppo" else 3)
+        inline(tmp_path, stage, *flags)
+        assert results_of(tmp_path, f"{stage}_killed")["args"]["bf16"] is None  # the GPU's own

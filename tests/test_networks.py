@@ -1,13 +1,10 @@
 """The networks: sizes, the quantiser against a slow copy, what the FDM sees, decoders, the probe."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import bc, decode, finetune, ppo, pretrain
-from sklearn.linear_model import Ridge
+from conftest import bc, decode, finetune, ppo, pretrain, same
 
 N, H, D, K = 2, 4, 16, 64  # codebooks, slots, dimensions, codes
 FLOAT32 = torch.autocast("cpu", enabled=False)
@@ -47,54 +44,37 @@ def test_parameter_counts():
     assert count(agent.frozen_fc, agent.head) == 8192 * 256 + 256 + 256 * 128 + 128
 
 
-def test_vq_initial_codes():
-    """Codes start uniform in +-5/K: bounded by it, with its variance, and different between codebooks."""
-    codes = make_vq().codes
-    assert codes.shape == (N, K, D) and not torch.equal(codes[0], codes[1])
-    assert 0.98 * 5 / K < codes.abs().max() <= 5 / K and codes.mean().abs() < 0.1 * 5 / K
-    torch.testing.assert_close(codes.var(), torch.tensor((5 / K) ** 2 / 3), rtol=0.05, atol=0)
-
-
-def test_vq_against_slow_version():
-    """Codes, quantised latents, loss and perplexity equal those found one vector at a time."""
-    vq, z = make_vq().eval(), torch.randn(32, N * H * D) * 0.1
-    out, loss, index, perplexity = vq(z)
-    quantised, slow_index = slow_vq(z.double().numpy(), vq.codes.double().numpy())
-    assert np.array_equal(index.numpy(), slow_index)
-    assert all(len(np.unique(slow_index[:, n])) > 10 for n in range(N))  # so that a wrong layout would show
-    np.testing.assert_allclose(out.numpy(), quantised, atol=1e-7)
-    np.testing.assert_allclose(loss.item(), 0.05 * ((z.numpy() - quantised) ** 2).mean(), rtol=1e-5)
-    for n in range(N):
-        usage = np.bincount(slow_index[:, n].reshape(-1), minlength=K) / slow_index[:, n].size
-        entropy = -sum(u * np.log(u) for u in usage if u)
-        np.testing.assert_allclose(perplexity[n].item(), np.exp(entropy), rtol=1e-5)
-
-
 @pytest.mark.parametrize("decay", [0.999, 0.9])
-def test_vq_moving_averages(decay):
-    """Counts, sums, codes follow the EMA, Laplace-smoothed; a step quantises with the codes before it.
+def test_vq_against_slow_version(decay):
+    """Codes start uniform in +-5/K. What comes out equals what is found one vector at a time.
 
-    In eval mode none of them moves.
+    Counts, sums and codes follow the EMA, Laplace-smoothed; a step quantises with the codes before it.
     """
-    vq = make_vq(decay).eval()
-    before = {k: v.clone() for k, v in vq.state_dict().items()}
-    vq(torch.randn(16, N * H * D))
-    assert all(torch.equal(before[k], v) for k, v in vq.train().state_dict().items())
+    vq = make_vq(decay)
     codes = vq.codes.double().numpy().copy()
+    assert codes.shape == (N, K, D) and not list(vq.parameters())
+    assert 0.98 * 5 / K < abs(codes).max() <= 5 / K and abs(codes.mean()) < 0.1 * 5 / K
+    assert codes.var() == pytest.approx((5 / K) ** 2 / 3, rel=0.05)
     counts, sums = np.ones((N, K)), codes.copy()
     for _ in range(5):
         z = torch.randn(16, N * H * D) * 0.1
-        out = vq(z)[0]
-        quantised, index = slow_vq(z.double().numpy(), codes)
+        out, loss, index, perplexity = vq(z)
+        quantised, slow_index = slow_vq(z.double().numpy(), codes)
+        assert np.array_equal(index.numpy(), slow_index)
+        assert all(len(np.unique(slow_index[:, n])) > 10 for n in range(N))  # a wrong layout would show
         np.testing.assert_allclose(out.numpy(), quantised, atol=1e-6)
+        np.testing.assert_allclose(loss.item(), 0.05 * ((z.numpy() - quantised) ** 2).mean(), rtol=1e-5)
         grid, before = z.double().numpy().reshape(-1, N, D, H), codes.copy()
         for n in range(N):
             for k in range(K):
-                mine = [grid[b, n, :, h] for b, h in zip(*np.nonzero(index[:, n] == k))]
+                mine = [grid[b, n, :, h] for b, h in zip(*np.nonzero(slow_index[:, n] == k))]
                 counts[n, k] = decay * counts[n, k] + (1 - decay) * len(mine)
                 sums[n, k] = decay * sums[n, k] + (1 - decay) * np.sum(mine, axis=0)
             smoothed = (counts[n] + 1e-5) / (counts[n].sum() + K * 1e-5) * counts[n].sum()
             codes[n] = sums[n] / smoothed[:, None]
+            usage = np.bincount(slow_index[:, n].reshape(-1), minlength=K) / slow_index[:, n].size
+            entropy = -sum(u * np.log(u) for u in usage if u)
+            np.testing.assert_allclose(perplexity[n].item(), np.exp(entropy), rtol=1e-5)
         assert np.abs(codes - before).max() > 1e-4  # there was something to follow
         np.testing.assert_allclose(vq.ema_count.numpy(), counts, rtol=1e-5)
         np.testing.assert_allclose(vq.ema_sum.numpy(), sums, atol=1e-6)
@@ -102,46 +82,52 @@ def test_vq_moving_averages(decay):
 
 
 def test_vq_gradients():
-    """Straight through; the loss pulls with 0.05 * 2 (z - code) / numel; no gradient reaches the codes."""
-    vq = make_vq().train()
+    """Straight through; the loss pulls with 0.05 * 2 (z - code) / numel; in eval mode codes stay."""
+    vq = make_vq().eval()
     z, w = (torch.randn(8, N * H * D) * 0.1).requires_grad_(), torch.randn(8, N * H * D)
-    code = slow_vq(z.detach().double().numpy(), vq.codes.double().numpy())[0]
+    code, before = slow_vq(z.detach().double().numpy(), vq.codes.double().numpy())[0], vq.codes.clone()
     out, loss, _, _ = vq(z)
     assert torch.equal(torch.autograd.grad((out * w).sum(), z, retain_graph=True)[0], w)
     want = 0.05 * 2 * (z.detach().numpy() - code) / z.numel()
     np.testing.assert_allclose(torch.autograd.grad(loss, z)[0].numpy(), want, rtol=1e-4, atol=1e-9)
-    assert not list(vq.parameters())
+    assert torch.equal(vq.codes, before)
 
 
-def test_vq_computes_in_float32():
-    """In a bfloat16 run predict() quantises in float32: the FDM is given the codebook's own values."""
+def new_lapo(**how):
     torch.manual_seed(0)
-    idm, vq, given = pretrain.IDM(0.25, 128), make_vq().eval(), []
+    return pretrain.LAPO(pretrain.IDM(0.25, N * H * D, **how), make_vq(), pretrain.FDM(N * H * D, 4))
 
-    def fdm(frames, z):
-        given.append(z)
-        return frames[:, 3:]
 
+@pytest.mark.parametrize("vq", [True, False])
+def test_the_future_reaches_the_fdm_through_the_latent_only(vq):
+    """o_{t+1} sends the loss no gradient but through z, and z does; --no-vq passes z on as it is.
+
+    In a bfloat16 run the quantiser computes in float32: the FDM is given the codebook's own values.
+    """
+    lapo, windows = new_lapo().eval(), (torch.rand(4, 9, 64, 64) - 0.5).requires_grad_()
+    if not vq:
+        lapo.vq = None
+    (future,) = torch.autograd.grad(lapo(windows, windows)[0].square().sum(), windows)
+    assert (future[:, 6:].abs().amax((1, 2, 3)) > 0).all()
+    z, quantised, *_ = lapo.encode(windows.detach())
+    assert (quantised is z) != vq
     with torch.autocast("cpu", torch.bfloat16):
-        _, loss, z, _ = pretrain.predict(idm, vq, fdm, torch.rand(4, 9, 64, 64) - 0.5)
-    assert z.dtype == loss.dtype == given[0].dtype == torch.float32
-    want = slow_vq(z.detach().double().numpy(), vq.codes.double().numpy())[0]
-    np.testing.assert_allclose(given[0].detach().numpy(), want, atol=1e-6)
-
-
-def test_predict_change_starts_at_copying():
-    """With predict_change an untrained FDM returns o_t exactly, whatever the latent; otherwise not."""
-    torch.manual_seed(0)
-    frames, z = torch.rand(4, 6, 64, 64) - 0.5, torch.randn(4, 8)
-    assert torch.equal(pretrain.FDM(8, 4, predict_change=True)(frames, z), frames[:, 3:])
-    assert not torch.allclose(pretrain.FDM(8, 4)(frames, z), frames[:, 3:], atol=0.1)
+        low, given, loss, _ = lapo.encode(windows.detach())
+    assert low.dtype == loss.dtype == given.dtype == torch.float32
+    if vq:
+        want = slow_vq(low.detach().double().numpy(), lapo.vq.codes.double().numpy())[0]
+        np.testing.assert_allclose(given.detach().numpy(), want, atol=1e-6)
+    lapo.idm.forward = lambda windows: z.detach()
+    (future,) = torch.autograd.grad(lapo(windows, windows)[0].square().sum(), windows)
+    assert (future[:, 6:] == 0).all() and (future[:, :6] != 0).any()
 
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
 def test_fdm_against_the_papers_words(patch_size):
     """The U-Net written out: z joined twice, skips, head, and no activation after the bottleneck.
 
-    The bottleneck's outputs are mostly negative here, so that a ReLU behind it would show.
+    The bottleneck's outputs are mostly negative here: a ReLU behind it would show. With predict_change it
+    begins as a copy of o_t.
     """
     torch.manual_seed(0)
     fdm = pretrain.FDM(8, 4, patch_size=patch_size).eval()
@@ -168,22 +154,12 @@ def test_fdm_against_the_papers_words(patch_size):
     conv, block, _, last = fdm.head
     x = last(F.relu(residual(block, conv(torch.cat([x, patches], dim=1)))))
     torch.testing.assert_close(fdm(frames, z), torch.tanh(F.pixel_shuffle(x, patch_size)) / 2)
+    assert torch.equal(pretrain.FDM(8, 4, True, patch_size)(frames, z), frames[:, 3:])
 
 
 def obs_to_input(obs):
     """(B, 64, 64, 3) uint8 -> (B, 3, 64, 64) in [-0.5, 0.5]."""
     return torch.from_numpy(obs.numpy().transpose(0, 3, 1, 2).astype(np.float32) / 255 - 0.5)
-
-
-def test_networks_normalise_uint8_frames():
-    """Networks that take uint8 frames (B, 64, 64, 3) feed x / 255 - 0.5, channels first, to convolutions."""
-    obs = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8)
-    x = obs_to_input(obs)
-    policy, agent = bc.LatentPolicy(0.25, 8), ppo.Agent(0.25)
-    tuned = finetune.FinetunedAgent(0.25, 1, 8, (16,))
-    torch.testing.assert_close(policy(obs), policy.head(policy.network(x)))  # mean 0, deviation 1
-    torch.testing.assert_close(agent(obs)[0], agent.actor(agent.network(x)))
-    torch.testing.assert_close(tuned.features(obs, FLOAT32), tuned.network.conv(x))
 
 
 def separable(n, seed, dim=8):
@@ -195,61 +171,70 @@ def separable(n, seed, dim=8):
 
 
 def test_linear_probe():
-    """Ridge regression on class-weighted +-1 targets, first half to second: perfect, chance, in between."""
+    """Fitted on the first half, scored on the second: perfect, chance, or what labels there are."""
     z, a = separable(900, 1, 16)
     assert pretrain.linear_probe(z, a) == 1
     rng = np.random.default_rng(0)
     assert pretrain.linear_probe(z, rng.permutation(a)) < 0.2
-    z = z + 6 * rng.normal(size=z.shape).astype(np.float32)
-    x = (z - z[:450].mean(0)) / z[:450].std(0)
-    weights = 450 / 15 / np.bincount(a[:450])[a[:450]]
-    ridge = Ridge().fit(x[:450], 2 * np.eye(15)[a[:450]] - 1, sample_weight=weights)
-    guess, true = ridge.predict(x[450:]).argmax(1), a[450:]
-    want = np.mean([(guess[true == c] == c).mean() for c in range(15)])
-    assert 0.2 < want < 0.99
-    np.testing.assert_allclose(pretrain.linear_probe(z, a), want, atol=1e-3)
+    assert pretrain.linear_probe(np.concatenate([z, 0 * z]), np.r_[a, 0 * a - 1]) == 1
 
 
-def test_measures_on_test_windows(monkeypatch):
-    """measure(): losses over windows in pieces, what other latents cost, active units."""
+def test_evaluation_on_test_windows():
+    """Losses over windows in pieces, what other latents of the episode cost, active units, the probe."""
     torch.manual_seed(0)
-    idm, vq, fdm = pretrain.IDM(0.25, 16), pretrain.VQ(2, 4, 2, 64, 0.05, 0.999), pretrain.FDM(16, 4)
-    torch.nn.ModuleList([vq, fdm]).eval()
-    vq.codes.mul_(1000)  # large: that latents matter to a new FDM
-    idm.head.weight.data.mul_(1000)
     coarse = np.random.default_rng(0).integers(256, size=(530, 8, 8, 3)).astype(np.uint8)
     frames, t = coarse.repeat(8, axis=1).repeat(8, axis=2), np.arange(1, 529)  # pieces of 512 and 16
-    episode = t // 100
-    found, z = pretrain.measure(idm, vq, fdm, frames, t, episode, "cpu", FLOAT32)
+    actions, episode, lapo, losses = np.arange(530) % 3, t // 100, new_lapo(), []
+    lapo.vq.codes.mul_(1000)  # large: that latents matter to a new FDM
+    lapo.idm.head.weight.data.mul_(1000)
+
+    class Split:
+        windows, first, labels = t, np.arange(530) % 100 == 0, {"actions": actions}.get
+
+        def __getitem__(self, rows):
+            return frames[rows]
+
+    found = pretrain.evaluate(lapo, Split(), 1000, "cpu", FLOAT32)
+    assert lapo.training
+    lapo.eval()
     windows = pretrain.get_windows(frames, t, "cpu")
     with torch.no_grad():
-        loss = F.mse_loss(pretrain.predict(idm, vq, fdm, windows)[0], windows[:, 6:]).item()
-        other = torch.zeros(())
+        loss = F.mse_loss(lapo(windows, windows)[0], windows[:, 6:]).item()
         for piece in (slice(0, 512), slice(512, 528)):  # latents of others of the same episode
-            q = vq(idm(windows[piece]))[0]
-            order = pretrain.others(episode[piece])
+            order = pretrain.other_windows(episode[piece])
             assert (episode[piece][order] == episode[piece]).all() and sorted(order) == [*range(len(order))]
             assert (order != np.arange(len(order))).all()
-            guess = fdm(windows[piece, :6], q[order])
-            other += F.mse_loss(guess, windows[piece, 6:]) * len(order) / 528
-        active = (idm.network.conv(windows) > 0).float().mean().item()
-        np.testing.assert_allclose(z, idm(windows).numpy(), atol=1e-6)
+            guess = lapo.fdm(windows[piece, :6], lapo.encode(windows[piece])[1][order])
+            losses += (guess - windows[piece, 6:]).square().mean((1, 2, 3)).tolist()
+        active = (lapo.idm.network.conv(windows) > 0).float().mean().item()
+        probe = pretrain.linear_probe(lapo.idm(windows).numpy(), actions[t])
     copied = ((frames[1:529] / 255 - frames[2:530] / 255) ** 2).mean()
-    wanted = [loss, copied, other.item() / loss - 1, active]
-    names = "fdm_loss", "copy_last_frame_loss", "other_latent_cost", "idm_active_share"
-    names = [f"test/{name}" for name in names]
-    assert [found[name] for name in names] == pytest.approx(wanted, rel=1e-4, abs=1e-6) and 0.1 < active < 1
-    assert wanted[2] > 2e-5
-    monkeypatch.setattr(torch.nn.Flatten, "forward", lambda self, x: -x.flatten(1).abs())  # before its ReLU
-    found, _ = pretrain.measure(idm, vq, fdm, frames, t[:8], episode[:8], "cpu", FLOAT32)
-    assert found["test/idm_active_share"] == 0
+    wanted = [loss, copied, np.mean(losses) / loss - 1, active, probe]
+    names = "test/fdm_loss", "test/copy_last_frame_loss", "test/other_latent_cost", "test/idm_active_share"
+    found = [found[name] for name in (*names, "probe/balanced_accuracy")]
+    assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6) and 0.1 < active < 1 and abs(wanted[2]) > 2e-5
+
+
+def test_an_idm_of_differences():
+    """It sees no scenery; it is trained on windows rolled by strides, and the FDM on them as they are."""
+    lapo = new_lapo(differences=True).eval()
+    idm = lapo.idm
+    windows, scenery = torch.rand(64, 9, 64, 64) - 0.5, torch.rand(64, 3, 64, 64).repeat(1, 3, 1, 1)
+    assert torch.equal(idm.see(windows)[:, 3:], windows[:, 6:] - windows[:, 3:6])
+    torch.testing.assert_close(idm(windows + scenery), idm(windows), atol=1e-5, rtol=0)
+    rolled = pretrain.shift(windows, 16, np.random.default_rng(0))
+    moves = [torch.roll(windows, (16 * y, 16 * x), (2, 3)) for y in range(4) for x in range(4)]
+    found = torch.stack([(move == rolled).flatten(1).all(1) for move in moves])  # (16, 64)
+    assert (found.sum(0) == 1).all() and found.any(1).sum() > 10
+    frames, future = windows.clone(), lapo(windows, rolled)[0]  # the FDM predicts them where they are
+    torch.testing.assert_close(future, lapo.fdm(frames[:, :6], lapo.encode(rolled)[1]))
 
 
 @pytest.mark.parametrize("sl", [True, False])
 def test_logits_of_the_finetuned_agent(sl):
     """(RL logits + decoder logits) / 2, the decoder's of the cloned policy's latent; without, RL logits.
 
-    All are 0 at first; PPO's own start at CleanRL's 0.01.
+    All are 0 at first; PPO's own start at CleanRL's 0.01. Networks are given frames / 255 - 0.5.
     """
     torch.manual_seed(0)
     policy, obs = bc.LatentPolicy(0.25, 8), torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8)
@@ -264,32 +249,11 @@ def test_logits_of_the_finetuned_agent(sl):
         torch.nn.init.normal_(layer.weight)
     rl_logits, decoder_logits = agent.actor(policy.network(obs_to_input(obs))), agent.decoder(policy(obs))
     wanted = (rl_logits + decoder_logits) / 2 if sl else rl_logits
+    x, ppo_agent = obs_to_input(obs), ppo.Agent(0.25)
+    torch.testing.assert_close(features, policy.network.conv(x))
+    torch.testing.assert_close(policy(obs), policy.mean + policy.std * policy.head(policy.network(x)))
+    torch.testing.assert_close(ppo_agent(obs)[0], ppo_agent.actor(ppo_agent.network(x)))
     torch.testing.assert_close(agent(features)[0], wanted)
-
-
-def test_latent_policy_is_in_units_of_its_latents():
-    """forward = mean + std * head; folding moments into a raw policy leaves its outputs as they are."""
-    policy, obs = bc.LatentPolicy(0.25, 8), torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8)
-    raw, mean, std = policy(obs), torch.randn(8), torch.rand(8) + 0.01
-    policy.mean.copy_(mean)
-    policy.std.copy_(std)
-    torch.testing.assert_close(policy(obs), mean + std * raw)
-    policy.mean.zero_()
-    policy.std.fill_(1)
-    bc.fold_moments(policy, mean, std)
-    assert torch.equal(policy.mean, mean) and torch.equal(policy.std, std)
-    torch.testing.assert_close(policy(obs), raw)
-
-
-def test_moments_of_several_processes(monkeypatch):
-    """Mean and deviation of all latents, from pieces of unequal length."""
-    z = torch.randn(1000, 3) * torch.tensor([0.003, 1.0, 40.0]) + torch.tensor([5.0, 0.0, -1.0])
-    pieces = z.split([700, 200, 100])
-    found = [(len(piece), piece.mean(0), piece.var(0, correction=0)) for piece in pieces]
-    monkeypatch.setattr(bc, "gathered", lambda x: found)
-    mean, std = bc.latent_moments(pieces[0])
-    torch.testing.assert_close(mean, z.mean(0))
-    torch.testing.assert_close(std, z.std(0, correction=0), rtol=1e-3, atol=2e-6)
 
 
 def test_effective_rank():
@@ -302,36 +266,23 @@ def test_effective_rank():
     assert bc.effective_rank(torch.ones(64, 256)) == pytest.approx(1)
 
 
-def test_decoder_standardises_latents():
-    """The decoder is an MLP with the widths given, on latents minus their mean over their deviation."""
-    decoder = finetune.Decoder(8, (192, 128, 64))
-    widths = [tuple(m.weight.shape) for m in decoder.mlp if hasattr(m, "weight")]
-    assert widths == [(192, 8), (128, 192), (64, 128), (15, 64)]
-    decoder.mean.fill_(3.0)
-    decoder.std.fill_(2.0)
-    z = torch.randn(4, 8)
-    torch.testing.assert_close(decoder(z), decoder.mlp((z - 3) / 2))
-
-
 def test_online_decoder_refit_starts_afresh():
     """fit_decoder forgets the former weights, learns what can be learnt, says how well, and stays frozen."""
-    names = "decoder_learning_rate", "decoder_epochs", "decoder_batch_size", "label_smoothing"
-    args = SimpleNamespace(**dict(zip(names, (1e-3, 3, 512, 0.05))))
+    args = finetune.Args(decoder_epochs=3)
     z, a = map(torch.from_numpy, separable(8000, 1))
     decoder, again = (finetune.Decoder(8, (192, 128, 64)) for _ in range(2))
     for fitted in (decoder, again):
         torch.manual_seed(0)
         accuracy = finetune.fit_decoder(fitted, z, a, args)
-    assert all(torch.equal(p, q) for p, q in zip(decoder.parameters(), again.parameters()))
-    z_test, a_test = map(torch.from_numpy, separable(500, 2))
-    assert accuracy > 0.9 and (decoder(z_test).argmax(-1) == a_test).float().mean() > 0.95
+    assert same(decoder.state_dict(), again.state_dict())
+    assert accuracy > 0.9 and (decoder(z).argmax(-1) == a).float().mean() > 0.95
     assert not any(p.requires_grad for p in decoder.parameters())
     args.decoder_epochs = 1
     assert finetune.fit_decoder(decoder, z, a[torch.randperm(len(a))], args) < 0.15  # nothing to be learnt
 
 
-def test_offline_fit(monkeypatch):
-    """fit() nears the least cross-entropy that smoothed labels allow; its rate falls linearly to 0."""
+def test_offline_fits(monkeypatch):
+    """Decoders near the least cross-entropy that smoothed labels allow; AdamW's rate falls linearly to 0."""
     rates, step = [], torch.optim.AdamW.step
 
     def noting(self):
@@ -339,18 +290,22 @@ def test_offline_fit(monkeypatch):
         step(self)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", noting)
-    args = SimpleNamespace(weight_decay=1e-2, label_smoothing=0.05)
+    args = decode.Args(decoder_hidden=(64,), decoder_updates=200, decoder_learning_rate=1e-2)
     z, a = map(torch.from_numpy, separable(256, 1))
     z_test, a_test = map(torch.from_numpy, separable(500, 2))
     torch.manual_seed(0)
-    decoder = decode.fit(decode.Decoder(8, (64,)), z.__getitem__, a, 200, 1e-2, 64, args, FLOAT32)
-    assert not decoder.training and (decoder(z_test).argmax(-1) == a_test).float().mean() > 0.95
+    policy = bc.LatentPolicy(0.25, 8)
+    policy.mean.fill_(0.5)
+    policy.std.fill_(5.0)
+    decoder = decode.fit_lapo_decoder(policy, z, a, 15, args)
+    assert torch.equal(decoder(z), decoder.mlp((z - policy.mean) / policy.std))  # standardised
+    assert [tuple(m.weight.shape) for m in decoder.mlp if hasattr(m, "weight")] == [(64, 8), (15, 64)]
+    assert (decoder(z_test).argmax(-1) == a_test).float().mean() > 0.95
     loss = F.cross_entropy(decoder(z_test), a_test, label_smoothing=0.05)
     right, wrong = 0.95 + 0.05 / 15, 0.05 / 15
     floor = -right * np.log(right) - 14 * wrong * np.log(wrong)  # entropy of a smoothed label
     assert floor < loss < floor + 0.1
     np.testing.assert_allclose(rates, 1e-2 * (1 - np.arange(200) / 200))
-    args.cloning_updates, args.cloning_epochs = 10, 3
-    args.cloning_learning_rate, args.policy_batch_size = 1e-2, 64
-    decode.fit_policy(decoder, z, a, args, FLOAT32)  # 3 epochs are more than 10 updates
+    args.cloning_updates, args.cloning_epochs, args.policy_batch_size = 10, 3, 64
+    decode.fit_cloning(torch.nn.Linear(8, 15), z, a, args, FLOAT32)  # 3 epochs are more than 10 updates
     assert len(rates) == 200 + 3 * 256 // 64

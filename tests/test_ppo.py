@@ -1,11 +1,33 @@
-"""The parts of PPO against slow definitions, schedules, and the paper's settings as defaults."""
+"""PPO against slow definitions and plain forms, schedules, precision, the paper's settings as defaults."""
 
+import contextlib
+import json
+import signal
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import bc, collect, decode, finetune, ppo, pretrain
+import torch.nn.functional as F
+from conftest import ROOT, bc, collect, decode, finetune, ppo, pretrain
+
+HYPER = SimpleNamespace(clip_coef=0.2, clip_vloss=True, ent_coef=0.01, vf_coef=0.5)
+
+
+def gradients(*modules):
+    return torch.cat([p.grad.flatten() for m in modules for p in m.parameters() if p.grad is not None])
+
+
+def relative(a, b):
+    """How far a is from b, |a - b| / |b|."""
+    return float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b))
+
+
+def random_frames(n):
+    """Smooth frames (n, 64, 64, 3) uint8: a network's gradients on noise would drown in rounding."""
+    coarse = torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    frames = F.interpolate(coarse, size=64, mode="bilinear") * 255
+    return frames.byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -32,7 +54,7 @@ def test_gae_against_its_definition(seed):
 def test_reward_normalizer_against_full_history():
     """Rewards over the deviation of all discounted returns so far (and 1e-4 of a unit normal), clipped.
 
-    A copy by state_dict goes on with the same numbers.
+    A copy of the statistics, as resume.pt has it, goes on with the same numbers.
     """
     rng, E, gamma = np.random.default_rng(0), 256, 0.9
     normalize, running, history, clipped = ppo.RewardNormalizer(E, gamma), np.zeros(E), [], 0
@@ -47,8 +69,8 @@ def test_reward_normalizer_against_full_history():
         clipped += (abs(scaled) > 10).sum()
         if step == 15:
             before, normalize = normalize, ppo.RewardNormalizer(E, gamma)
-            normalize.load_state_dict(before.state_dict())
-            normalize.returns = before.returns  # of this process's games: runs save them apart
+            vars(normalize.stats).update({name: float(x) for name, x in vars(before.stats).items()})
+            normalize.returns = before.returns  # which a resumed run begins anew
         np.testing.assert_allclose(normalize(reward, done), np.clip(scaled, -10, 10), rtol=1e-9, atol=1e-12)
         running[done] = 0
     assert clipped > 3
@@ -62,7 +84,7 @@ def test_ppo_loss_sample_by_sample(clip_vloss):
     logits, actions = torch.randn(n, 15, generator=g), torch.randint(15, (n,), generator=g)
     new, advantages, returns, values, noise = torch.randn(5, n, generator=g)
     logprobs = logits.log_softmax(-1)[torch.arange(n), actions] + 0.3 * noise
-    loss, logged = ppo.ppo_loss(logits, new, actions, logprobs, advantages, returns, values, args)
+    loss, metrics = ppo.ppo_loss(logits, new, actions, logprobs, advantages, returns, values, args)
     pg, v, entropy, kl, clipped = [], [], [], [], []
     for i in range(n):
         p = logits[i].double().softmax(-1)
@@ -77,35 +99,65 @@ def test_ppo_loss_sample_by_sample(clip_vloss):
         clipped.append(abs(ratio - 1) > 0.2)
     expected = [np.mean(x) for x in (pg, v, entropy, kl, clipped)]
     assert 0.1 < expected[4] < 0.9
-    assert logged.tolist() == pytest.approx(expected, rel=1e-4)
+    names = "policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac"
+    assert [metrics[name].item() for name in names] == pytest.approx(expected, rel=1e-4)
     assert loss.item() == pytest.approx(expected[0] - 0.01 * expected[2] + 0.5 * expected[1], rel=1e-4)
 
 
-PAPER = {
-    ppo: dict(total_timesteps=50_000_000, gamma=0.999, gae_lambda=0.95, clip_coef=0.2),
-    collect: dict(num_train_frames=80 * 32_768, num_test_frames=32_768),
-    pretrain: dict(
-        learning_rate=3e-4, batch_size=128, num_updates=50_000, warmup_updates=50, max_grad_norm=2.0,
-        idm_scale=4, fdm_width=24, vq=True, vq_num_codebooks=2, vq_num_slots=4, vq_dim=16, vq_num_codes=64,
-        vq_commitment=0.05, vq_decay=0.999, predict_change=False, patch_size=1,
-    ),
-    bc: dict(
-        learning_rate=2e-4, batch_size=128, num_updates=60_000, warmup_updates=1000, policy_scale=4,
-    ),
-    decode: dict(num_labels=tuple(2**i for i in range(4, 14)), decoder_hidden=(192, 128, 64)),
-    finetune: dict(
-        total_timesteps=4_000_000, num_envs=64, num_steps=64, num_minibatches=8, update_epochs=3, gamma=0.999,
-        gae_lambda=0.95, clip_coef=0.2, clip_vloss=True, ent_coef=0.0025, vf_coef=0.5, max_grad_norm=0.5,
-        learning_rate=1e-2, sl=True, action_head_warmup=(35_000, 50_000), value_head_warmup=(25_000, 50_000),
-        linear_warmup=(50_000, 200_000), decoder_hidden=(192, 128, 64), decoder_frames=(10_000, 400_000),
-        decoder_every_update_until=50_000, decoder_epochs=3, decoder_batch_size=512,
-        decoder_learning_rate=1e-3, label_smoothing=0.05,
-    ),
-}  # fmt: skip
+def test_learning_rates():
+    """Linear up over the warm-up, then linear down; of fine-tuning's parts, after so many frames."""
+    args = SimpleNamespace(learning_rate=2.0, warmup_updates=4, num_updates=10)
+    rates = [pretrain.scheduled_rate(step, args) for step in range(1, 11)]
+    np.testing.assert_allclose(rates, np.interp(np.arange(10), (0, 4, 10), (0.2, 2, 0.02)))
+    args, part = finetune.Args(learning_rate=2.0, total_timesteps=2048), {"name": "linear", "peak": 0.25}
+    args.linear_warmup = (512, 600)
+    rates = [finetune.scheduled_rate(step, part, args) for step in (0, 512, 556, 600, 1324, 2048)]
+    np.testing.assert_allclose(rates, [0, 0, 0.25, 0.5, 0.25, 0])
 
 
-@pytest.mark.parametrize("module", PAPER, ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [ppo, collect, pretrain, bc, decode, finetune], ids=lambda m: m.__name__)
 def test_defaults_are_the_papers_settings(module):
-    """Every number that the paper or its authors' code gives is the default of its flag."""
-    args = vars(module.Args())
-    assert {name: args[name] for name in PAPER[module]} == PAPER[module]
+    """Every number that the paper or its authors' code gives is its flag's default: tests/paper.json."""
+    args = json.loads(json.dumps(vars(module.Args())))
+    wanted = json.loads((ROOT / "tests" / "paper.json").read_text())[module.__name__]
+    assert {name: args[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("stored_features", [False, True])
+def test_ppo_update(stored_features, bf16):
+    """Channels-last, bfloat16, micro-batches and stored features give a plain minibatch's loss."""
+    g = torch.Generator().manual_seed(0)
+    obs, actions = torch.from_numpy(random_frames(50)), torch.randint(15, (50,), generator=g)
+    noise, advantages, returns, values = torch.randn(4, 50, generator=g)
+    batch = actions, noise * 0.1 - 2.7, advantages, returns, values
+    torch.manual_seed(0)
+    agent = finetune.FinetunedAgent(0.5, 1, 8, (16,), sl=False) if stored_features else ppo.Agent(0.5)
+    torch.nn.init.normal_(agent.actor.weight, std=0.1)
+    hidden = agent.network((obs.float() / 255 - 0.5).permute(0, 3, 1, 2).contiguous())
+    plain, _ = ppo.ppo_loss(agent.actor(hidden), agent.critic(hidden).squeeze(-1), *batch, HYPER)
+    plain.backward()
+    expected, total = gradients(agent), 0.0
+    agent = agent.to(memory_format=torch.channels_last)
+    agent.zero_grad()
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+    with torch.no_grad():
+        inputs = agent.features(obs, autocast) if stored_features else obs
+    for i in torch.arange(50).split(16):  # 16, 16, 16, 2
+        with contextlib.nullcontext() if stored_features else autocast:
+            logits, value = agent(inputs[i])
+        loss, _ = ppo.ppo_loss(logits, value, *(x[i] for x in batch), HYPER)
+        (loss * len(i) / 50).backward()
+        total += loss.item() * len(i) / 50
+    assert total == pytest.approx(plain.item(), rel=2e-2 if bf16 else 1e-5)
+    assert relative(gradients(agent), expected) < (1e-1 if bf16 else 1e-4)
+
+
+@pytest.mark.parametrize("bf16, enabled", [(None, False), (True, True), (False, False)])
+def test_precision(monkeypatch, bf16, enabled):
+    """On a CPU float32, unless --bf16 asks for bfloat16. (On GPUs: test_cuda.py.)"""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    for module in (ppo, pretrain, bc, finetune):
+        device, autocast = module.start(module.Args(env_id="coinrun", bf16=bf16, cuda=False))
+        with autocast:
+            assert device.type == "cpu" and torch.is_autocast_enabled("cpu") is enabled

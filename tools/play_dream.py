@@ -1,0 +1,329 @@
+"""Play the dream: the learned world of lapo_pretrain.py under your fingers, with the real game beside it.
+
+    dream    o^_{t+1} = FDM(o^_{t-1}, o^_t, z)    from its own last two frames and the held key's latent z
+    real     Procgen, under the true action that the key stands for
+
+Both start from the real game's first two frames; after that the dream sees nothing of it. Arrows and the
+letters D A W S Q E are Procgen's 15 actions: a few labels (--num-labels) choose a latent for each. Number
+keys hold the most frequent groups of latents, for which no label is needed. The page is play_dream.html.
+
+    python -m tools.play_dream --env-id bossfight
+Reads data/ENV_ID and RUNS_DIR/ENV_ID__lapo_pretrain__SEED/checkpoint.pt, writes nothing. Ctrl-C ends it.
+"""
+
+import base64
+import json
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import parse_qsl
+
+import numpy as np
+import torch
+import tyro
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from lapo_bc import load_checkpoint, load_dataset, refuse
+from lapo_decode import make_env
+from tools.inspect_latents import group_latents, to_floats, to_pixels
+from tools.loading import ACTIONS, MOVES, STAY, action_names, encode, load_lapo, stage_folder
+
+
+@dataclass
+class Args:
+    # what
+    env_id: str = "bossfight"  # the Procgen game, one of the 16
+    seed: int = 1  # seed of the pretraining run, of the choice of windows and labels, and of the first level
+    # data
+    data_dir: str | None = None  # the dataset of collect_expert_data.py; default data/ENV_ID
+    pretrain_checkpoint: str | None = None  # default: RUNS_DIR/ENV_ID__lapo_pretrain__SEED/checkpoint.pt
+    # keys
+    num_windows: int = 2048  # training windows whose latents are looked at to choose those of the keys
+    num_labels: int = 512  # windows whose true actions may be read; 0: number keys only
+    num_groups: int = 8  # groups of latents on the number keys, at most 9
+    # run
+    runs_dir: str = "runs"  # where the pretraining run lies
+    port: int = 8000  # the page's port on 127.0.0.1, 0: any free one
+    fps: float = 15.0  # frames per second at most; Procgen's games are shown at 15
+
+
+class Key(NamedTuple):
+    """What holding a key does."""
+
+    z: np.ndarray  # (latent_dim,), the dream's latent
+    action: int | None  # the real game's; None: it stands still
+    name: str
+
+
+def latents_of_actions(z, actions, top=64):
+    """Latents to play actions with (15, latent_dim); the move that each of z (n, latent_dim) tells of (n,).
+
+    actions are the first windows' labels. Three classifiers are fitted on them: left or right, up or down,
+    and the button; so a pair that is hardly ever pressed learns from its halves. An action's latent is the
+    mean of the `top` ones that they are surest of. (The mean of its own labelled windows did worse in
+    a trial on coinrun, where most windows show little but how fast the hero was already.)
+    """
+    move = np.where(actions < len(MOVES), actions, STAY)
+    button = np.maximum(actions - 8, 0)  # 0: none
+    x = StandardScaler().fit_transform(z)
+    horizontal = classify(x, move // 3)  # (n, 7), of which three columns are used
+    vertical = classify(x, move % 3)
+    pressed = classify(x, button)
+    score = np.zeros((len(z), len(ACTIONS)))
+    for a in range(len(MOVES)):
+        score[:, a] = horizontal[:, a // 3] + vertical[:, a % 3]
+    score[:, len(MOVES) :] = pressed[:, 1:]
+    surest = np.argsort(-score, axis=0, kind="stable")[:top]  # (top, 15)
+    moves = np.unique(move)
+    told = moves[score[:, moves].argmax(1)]
+    return z[surest].mean(0), told
+
+
+def classify(x, labels):
+    """Log-probabilities (n, 7) of classes for x (n, D), fitted on the first of them, which have labels.
+
+    0, that is no opinion, on a class that has no label.
+    """
+    log_p = np.zeros((len(x), 7))
+    if len(np.unique(labels)) > 1:
+        classifier = LogisticRegression(C=0.1, class_weight="balanced", max_iter=500)
+        classifier.fit(x[: len(labels)], labels)
+        log_p[:, classifier.classes_] = classifier.predict_log_proba(x)
+    return log_p
+
+
+def to_input(obs):
+    """A frame (64, 64, 3) uint8 as the networks see it, (1, 3, 64, 64) in [-0.5, 0.5]."""
+    return to_floats(obs[None], "cpu")
+
+
+class World:
+    """The real game and the dream of it, both from the game's first two frames; no key made the second."""
+
+    def __init__(self, fdm, new_env):
+        self.fdm = fdm
+        self.new_env = new_env
+        self.env = None
+        self.restart(0)
+
+    def restart(self, level):
+        """A fresh game, the same one for the same number."""
+        if self.env:
+            self.env.close()
+        self.env = self.new_env(level)
+        self.level = level
+        self.frame = 0
+        self.over = False
+        first = self.env.observe()[1]["rgb"][0]
+        self.real = [first, first]  # o_{t-1}, o_t
+        self.act(STAY)
+        self.start = self.real[1]
+        self.wake()
+
+    def wake(self):
+        """The dream goes on from the real game's last two frames."""
+        self.dream = [to_input(obs) for obs in self.real]
+
+    def act(self, action):
+        """The real game under a true action; stands still once its episode is over."""
+        if self.over:
+            return
+        self.env.act(np.array([action], dtype=np.int32))
+        _, obs, first = self.env.observe()
+        self.over = bool(first[0])  # then obs belongs to the next episode
+        if not self.over:
+            self.real = [self.real[1], obs["rgb"][0]]
+
+    @torch.inference_mode()
+    def step(self, z, action):
+        """One frame of the dream under latent z (1, latent_dim), of the real game under an action, if any."""
+        prediction = self.fdm(torch.cat(self.dream, dim=1), z).clamp(-0.5, 0.5)
+        self.dream = [self.dream[1], prediction]
+        self.frame += 1
+        if action is not None:
+            self.act(action)
+
+    def errors(self):
+        """Mean squared difference to the real game's frame: of the dream, and of the first frame."""
+        real = to_input(self.real[1])
+        frames = self.dream[1], to_input(self.start)
+        return [(frame - real).square().mean().item() for frame in frames]
+
+    def pictures(self):
+        """Dream and real frame, (64, 64, 3) uint8."""
+        return to_pixels(self.dream[1])[0], self.real[1]
+
+
+def read_keys(held, num_groups):
+    """Held keys -> ("group", its index) for a number, else ("action", one of the 15). Then buttons win."""
+    for g in range(num_groups):
+        if str(g + 1) in held:
+            return "group", g
+    for b, button in enumerate("dawsqe"):
+        if button in held:
+            return "action", len(MOVES) + b
+    x = ("ArrowRight" in held) - ("ArrowLeft" in held)
+    y = ("ArrowUp" in held) - ("ArrowDown" in held)
+    return "action", 3 * (x + 1) + (y + 1)
+
+
+def choose_keys(lapo, train, actions, args):
+    """The keys' latents: {("group", g) or ("action", a): Key}; the groups' [(percentage, action's name)]."""
+    t = np.random.default_rng(args.seed).permutation(train.windows)[: args.num_windows]
+    print(f"looking at {len(t)} windows ...", flush=True)
+    z, quantised, _ = encode(lapo, train, t, "cpu")
+    group, chosen = group_latents(quantised, args.num_groups, args.seed)
+    shares = np.bincount(group) / len(t)
+    keys = {}
+    groups = []
+    if actions is not None:
+        of_action, told = latents_of_actions(z, actions[t[: args.num_labels]])
+        of_action = torch.from_numpy(of_action)
+        if lapo.vq:
+            of_action, *_ = lapo.vq(of_action)
+        for a, name in enumerate(ACTIONS):
+            keys["action", a] = Key(of_action[a].numpy(), a, name)
+    for g, i in enumerate(chosen):
+        move = None
+        name = ""
+        does = f"group {g + 1}"
+        if actions is not None:
+            move = int(np.bincount(told[group == g]).argmax())
+            name = ACTIONS[move]
+            does += f", real game: {name}"
+        keys["group", g] = Key(quantised[i], move, does)
+        groups.append((round(100 * shares[g]), name))
+    return keys, groups
+
+
+def make_responder(world, keys, num_groups, labelled):
+    """The function (held, command) -> what the page shows next: after a step under held keys or a command."""
+    lock = threading.Lock()
+
+    def respond(held, command):
+        key = keys.get(read_keys(held, num_groups))
+        milliseconds = 0.0
+        with lock:
+            if command == "wake":
+                world.wake()
+            elif command == "restart":
+                world.restart(world.level)
+            elif command == "next":
+                world.restart(world.level + 1)
+            elif key:
+                began = time.perf_counter()
+                world.step(torch.from_numpy(key.z)[None], key.action)
+                milliseconds = 1000 * (time.perf_counter() - began)
+            dream, real = world.pictures()
+            return {
+                "dream": base64.b64encode(dream.tobytes()).decode(),
+                "real": base64.b64encode(real.tobytes()).decode(),
+                "frame": world.frame,
+                "over": world.over,
+                "held": key.name if key else "nothing",
+                "milliseconds": milliseconds,
+                "errors": world.errors() if labelled else None,
+            }
+
+    return respond
+
+
+def make_server(port, page, respond):
+    """A server on 127.0.0.1: GET / is the page, POST /step?keys=...&command=... respond(keys, command), JSON.
+
+    Other pages in the same browser can send requests here, too. Those that come by another name (Host) or
+    from another page (Origin) are refused.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        def from_here(self):
+            host = self.headers.get("Host")
+            port = self.server.server_port
+            if host not in (f"127.0.0.1:{port}", f"localhost:{port}"):
+                return False
+            return self.headers.get("Origin", f"http://{host}") == f"http://{host}"
+
+        def do_GET(self):
+            if not self.from_here():
+                self.answer(403, "text/plain", "only this machine's own page is answered")
+            elif self.path == "/":
+                self.answer(200, "text/html", page)
+            else:
+                self.answer(404, "text/plain", "GET / or POST /step")
+
+        def do_POST(self):
+            path, _, query = self.path.partition("?")
+            if not self.from_here():
+                self.answer(403, "text/plain", "only this machine's own page is answered")
+            elif path == "/step":
+                query = dict(parse_qsl(query))
+                held = query.get("keys", "").split(",")
+                content = respond(held, query.get("command"))
+                self.answer(200, "application/json", json.dumps(content))
+            else:
+                self.answer(404, "text/plain", "GET / or POST /step")
+
+        def answer(self, status, kind, body):
+            with suppress(ConnectionError):  # the page was closed
+                self.send_response(status)
+                self.send_header("Content-Type", f"{kind}; charset=utf-8")
+                self.end_headers()
+                self.wfile.write(body.encode())
+
+        def log_message(self, *_):
+            pass
+
+    return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+
+
+def make_game(args):
+    """The world, its keys and the server of its page."""
+    if min(args.num_windows, args.fps) < 1 or not 1 <= args.num_groups <= 9 or args.num_labels < 0:
+        refuse("--num-windows and --fps start at 1, --num-labels at 0, --num-groups is 1 to 9")
+    path = args.pretrain_checkpoint or stage_folder(args, "lapo_pretrain") / "checkpoint.pt"
+    pretrained = load_checkpoint(path, "lapo_pretrain", args.env_id)
+    data, train, _ = load_dataset(args)
+    if action_names(data) != ACTIONS:
+        refuse(f"--env-id {args.env_id}: the keys are those of Procgen's games, and play no other world")
+    lapo = load_lapo(pretrained, "cpu")
+    actions = None
+    if args.num_labels:
+        actions = train.labels("actions")
+    keys, groups = choose_keys(lapo, train, actions, args)
+
+    # several threads wait for each other longer than they work
+    torch.set_num_threads(1)
+    levels = data["num_levels"], data["start_level"]
+    world = World(lapo.fdm, lambda level: make_env(args.env_id, 1, *levels, args.seed + level))
+    world.step(torch.from_numpy(keys["group", 0].z)[None], None)  # the first one is slow
+    world.restart(0)
+
+    num_labels = 0
+    if actions is not None:
+        num_labels = min(args.num_labels, args.num_windows, len(train.windows))
+    config = {"game": args.env_id, "labels": num_labels, "fps": args.fps, "groups": groups}
+    page = Path(__file__).with_suffix(".html").read_text().replace("{CONFIG}", json.dumps(config))
+    respond = make_responder(world, keys, len(groups), labelled=actions is not None)
+    try:
+        server = make_server(args.port, page, respond)
+    except (OSError, OverflowError) as e:
+        refuse(f"--port {args.port} on 127.0.0.1 cannot be used ({e}): another, or 0 for a free one")
+    return world, keys, server
+
+
+def main(args):
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
+    _, _, server = make_game(args)
+    print(f"play at http://127.0.0.1:{server.server_port} (Ctrl-C ends it)", flush=True)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
