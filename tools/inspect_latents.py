@@ -678,6 +678,8 @@ def main(args):
     actions_train = train.labels("actions")  # (N,), -1: no label; None: there is no file
     actions_test = test.labels("actions")
     labelled = actions_train is not None and actions_test is not None
+    if labelled:  # own videos may have labels in one split alone
+        labelled = bool((actions_train >= 0).any() and (actions_test >= 0).any())
     if args.action_updates and not labelled:
         refuse("--action-updates needs true actions, and this dataset has no actions.npy: leave it out")
     device = find_device(args.cuda)
