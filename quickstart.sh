@@ -68,7 +68,7 @@ stage lapo_pretrain.py "${COMMON[@]}" \
     --num-updates 2000 --batch-size 32 --learning-rate 1e-3 --warmup-updates 500 \
     --patch-size 2 --idm-scale 1 --fdm-width 16 --vq-dim 4 --predict-change --eval-every 250 --eval-windows 2048
 stage lapo_bc.py "${COMMON[@]}" \
-    --num-updates 2000 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 --policy-scale 1
+    --num-updates 2000 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 --policy-scale 1 --eval-every 250
 stage lapo_decode.py "${COMMON[@]}" \
     --num-labels 32 128 512 2048 --num-draws 5 --eval-episodes 200 --temperature 0.5 \
     --decoder-updates 200 --cloning-updates 500 --cloning-learning-rate 3e-3 --policy-batch-size 64
