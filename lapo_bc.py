@@ -261,7 +261,8 @@ def main(args):
 
         with autocast:
             z = model(obs)
-        loss = F.mse_loss(z / policy.std, target / policy.std)  # the mean cancels; 1 is what it costs
+        # in units of each dimension's deviation: predicting the mean costs 1 (raw latents: std is 1)
+        loss = F.mse_loss(z / policy.std, target / policy.std)
         optimizer.zero_grad()
         loss.backward()
         lr = scheduled_rate(step, args)

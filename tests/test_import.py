@@ -1,4 +1,4 @@
-"""import_videos.py: films, folders of images and the paper's npz files become datasets."""
+"""tools/import_videos.py: films, folders of images and the paper's npz files become datasets."""
 
 import json
 import os
