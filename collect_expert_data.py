@@ -18,6 +18,7 @@ several processes play, each in its own data/ENV_ID/shard-RANK)
 
 import atexit
 import json
+import math
 import os
 import shlex
 import shutil
@@ -146,14 +147,14 @@ def load_agent(expert, device, autocast):
     return act
 
 
-def collect(act, env, T, rng, folder, writer, played):
+def collect(act, env, T, rng, folder):
     """Plays T frames in each of E games, into folder/*.npy; returns the returns of the episodes that ended.
 
     Game e fills rows e * T to (e + 1) * T - 1, so that rows are consecutive in time; its first row is marked
-    `first`. The writer, None but on rank 0, counts frames of all processes on from `played`.
+    `first`.
     """
     E = env.num
-    frames = allocate(folder / "frames.npy", (E * T, 64, 64, 3)).reshape(E, T, 64, 64, 3)  # on the disk
+    frames = allocate(folder, (E * T, 64, 64, 3)).reshape(E, T, 64, 64, 3)  # on the disk
     firsts = np.zeros((E, T), dtype=bool)
     actions = np.zeros((E, T), dtype=np.int8)
     rewards = np.zeros((E, T), dtype=np.float32)
@@ -161,7 +162,6 @@ def collect(act, env, T, rng, folder, writer, played):
     start = np.zeros(E, dtype=int)  # where the games' running episodes began
     ended = []
     first = np.ones(E, dtype=bool)
-    began = time.time()
     _, obs, _ = env.observe()
     for t in tqdm(range(T), f"collect {folder.name}", unit="frame", unit_scale=E, disable=RANK > 0):
         frames[:, t] = obs["rgb"]
@@ -175,11 +175,6 @@ def collect(act, env, T, rng, folder, writer, played):
             returns[e, start[e] : t + 1] = rewards[e, start[e] : t + 1].sum()
             ended.append(float(returns[e, t]))
             start[e] = t + 1
-        if writer and ((t + 1) % 100 == 0 or t + 1 == T):
-            count = (t + 1) * E * WORLD_SIZE
-            writer.add_scalar("charts/SPS", count / (time.time() - began), played + count)
-            if ended:
-                writer.add_scalar("charts/episodic_return", np.mean(ended[-100:]), played + count)
     frames.flush()
     labels = {"first": firsts, "actions": actions, "rewards": rewards, "returns": returns}
     for name, array in labels.items():
@@ -216,11 +211,13 @@ def main(args):
         env = make_env(args.env_id, E, seed=seed, **split_levels)
         torch.manual_seed(seed)
         rng = np.random.default_rng(seed)
-        ended[split] = collect(act, env, T, rng, shard / split, writer, played)
+        ended[split] = collect(act, env, T, rng, shard / split)
         env.close()
         splits[split] = {"num_frames": T * E, "num_envs": E, "seeds": [seed], **split_levels}
         played += T * args.num_envs
         seed += 1
+        if RANK == 0 and ended[split]:
+            writer.add_scalar("charts/episodic_return", np.mean(ended[split]), played)
 
     # random play on the training levels, whose return later stages call 0; every process finds the same
     num_envs = min(args.num_envs, args.num_random_episodes)
@@ -324,10 +321,8 @@ def load_checkpoint(path, stage, env_id):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = [checkpoint["stage"], checkpoint["env_id"], checkpoint["format_version"]]
-    except FileNotFoundError:
-        refuse(f"{path} is not there, or its run is unfinished: {again}")
-    except Exception as e:  # the unpickler raises many kinds
-        refuse(f"{path} is no checkpoint ({type(e).__name__}): {again}")
+    except Exception as e:  # not there, or its run is unfinished, or no checkpoint: of many kinds
+        refuse(f"{path} is no checkpoint of a finished run ({type(e).__name__}): {again}")
     expected = [stage, env_id, FORMAT_VERSION]
     if found != expected:
         refuse(f"{path} is of stage, game and format {found}, expected {expected}: {again}")
@@ -352,9 +347,8 @@ def start(args):
         refuse(f"--num-envs {args.num_envs} is no multiple of the {WORLD_SIZE} processes")
     device = torch.device("cpu")
     if args.cuda and torch.accelerator.is_available():
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
         device = torch.accelerator.current_accelerator()
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if WORLD_SIZE > 1:
         dist.init_process_group()
     return device, torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
@@ -391,16 +385,13 @@ def open_folders(args):
     return folder, data_dir, data_dir / f"shard-{RANK}"
 
 
-def allocate(path, shape):
-    """A new .npy of uint8, mapped, that has its place on the disk: a full one shows now, not by SIGBUS."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
-        with open(path, "r+b") as f:
-            os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
-    except OSError as e:
-        refuse(f"{path} cannot be written ({e}): make room, 12.3 kB a frame, or see --data-dir")
-    return array
+def allocate(folder, shape):
+    """A new frames.npy of uint8, mapped: a full disk has to show now, or it would end the process later."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < math.prod(shape):
+        refuse(f"{folder} has room for {free / 1e9:.1f} of {math.prod(shape) / 1e9:.1f} GB: see --data-dir")
+    return np.lib.format.open_memmap(folder / "frames.npy", "w+", np.uint8, shape)
 
 
 def describe(args):

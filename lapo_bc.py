@@ -110,24 +110,15 @@ class ImpalaCNN(nn.Module):
 
 
 class IDM(nn.Module):
-    """Inverse dynamics model: o_{t-1}, o_t, o_{t+1} (B, 9, 64, 64) -> continuous latent (B, latent_dim).
+    """Inverse dynamics model: o_{t-1}, o_t, o_{t+1} (B, 9, 64, 64) -> continuous latent (B, latent_dim)."""
 
-    differences (not in the paper): it sees o_t - o_{t-1} and o_{t+1} - o_t alone, hence no scenery.
-    """
-
-    def __init__(self, scale, latent_dim, patch_size=1, differences=False):
+    def __init__(self, scale, latent_dim, patch_size=1):
         super().__init__()
-        self.differences = differences
-        self.network = ImpalaCNN(6 if differences else 9, scale, patch_size)
+        self.network = ImpalaCNN(9, scale, patch_size)
         self.head = nn.Linear(256, latent_dim)
 
-    def see(self, windows):
-        if self.differences:
-            return windows[:, 3:] - windows[:, :6]
-        return windows
-
     def forward(self, windows):
-        return self.head(self.network(self.see(windows))).float()
+        return self.head(self.network(windows)).float()
 
 
 class LatentPolicy(nn.Module):
@@ -175,10 +166,14 @@ def label(idm, frames, t, device, autocast):
 
 def latent_moments(z):
     """Mean and standard deviation (latent_dim,) of the latents z (n, latent_dim) of all processes."""
-    n = sum_over_processes(torch.tensor(float(len(z))))
-    mean = sum_over_processes(len(z) * z.mean(0)) / n
-    variance = sum_over_processes(len(z) * (z.var(0, correction=0) + (z.mean(0) - mean) ** 2)) / n
-    return mean, variance.sqrt() + 1e-6
+    z = z.double()
+    sums = torch.stack([torch.ones_like(z).sum(0), z.sum(0), z.square().sum(0)])  # (3, latent_dim)
+    if WORLD_SIZE > 1:
+        dist.all_reduce(sums)
+    n, total, squares = sums
+    mean = total / n
+    variance = (squares / n - mean**2).clamp(min=0)
+    return mean.float(), variance.sqrt().float() + 1e-6
 
 
 def effective_rank(features):
@@ -219,7 +214,7 @@ def main(args):
     pretrain_args = pretrained["args"]
     patch_size = pretrain_args["patch_size"]
     latent_dim = len(pretrained["idm"]["head.bias"])
-    idm = IDM(pretrain_args["idm_scale"], latent_dim, patch_size, pretrain_args["idm_differences"])
+    idm = IDM(pretrain_args["idm_scale"], latent_dim, patch_size)
     idm.load_state_dict(pretrained["idm"])
     idm = idm.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     policy = LatentPolicy(args.policy_scale, latent_dim, patch_size)
@@ -348,29 +343,21 @@ class Frames:
             rows[mine] = self.shards[s][t[mine] - self.starts[s]]
         return rows
 
-    def labels(self, name):
-        """actions, rewards or returns (N,) of all shards, or None where there are none."""
-        paths = [folder / f"{name}.npy" for folder in self.folders]
-        if not all(path.exists() for path in paths):
-            return None
-        return np.concatenate([np.load(path) for path in paths])
-
 
 def load_dataset(args):
     """meta.json (of the first shard), and the Frames of the train and the test split."""
     data_dir = Path(args.data_dir or f"data/{args.env_id}")
     shards = sorted(data_dir.glob("shard-*")) or [data_dir]
     try:
-        metas = [json.loads((shard / "meta.json").read_text()) for shard in shards]  # written last
-        for meta in metas:
-            if meta["env_id"] != args.env_id:
-                raise ValueError(f"it is of {meta['env_id']}")
+        meta = json.loads((shards[0] / "meta.json").read_text())  # written last
+        if meta["env_id"] != args.env_id:
+            raise ValueError(f"it is of {meta['env_id']}")
         train = Frames([shard / "train" for shard in shards])
         test = Frames([shard / "test" for shard in shards])
     except (OSError, EOFError, ValueError, TypeError, KeyError) as e:
         again = f"`python collect_expert_data.py --env-id {args.env_id}` or tools.import_videos makes one"
         refuse(f"{data_dir} is no whole dataset of {args.env_id} ({e}): {again}; see --data-dir")
-    return metas[0], train, test
+    return meta, train, test
 
 
 def load_checkpoint(path, stage, env_id):
@@ -379,10 +366,8 @@ def load_checkpoint(path, stage, env_id):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = [checkpoint["stage"], checkpoint["env_id"], checkpoint["format_version"]]
-    except FileNotFoundError:
-        refuse(f"{path} is not there, or its run is unfinished: {again}")
-    except Exception as e:  # the unpickler raises many kinds
-        refuse(f"{path} is no checkpoint ({type(e).__name__}): {again}")
+    except Exception as e:  # not there, or its run is unfinished, or no checkpoint: of many kinds
+        refuse(f"{path} is no checkpoint of a finished run ({type(e).__name__}): {again}")
     expected = [stage, env_id, FORMAT_VERSION]
     if found != expected:
         refuse(f"{path} is of stage, game and format {found}, expected {expected}: {again}")
@@ -405,22 +390,14 @@ def start(args):
         refuse(f"--batch-size {args.batch_size} is no multiple of the {WORLD_SIZE} processes")
     device = torch.device("cpu")
     if args.cuda and torch.accelerator.is_available():
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
         device = torch.accelerator.current_accelerator()
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if WORLD_SIZE > 1:
         dist.init_process_group()
     bf16 = args.bf16
     if bf16 is None:
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-
-
-def sum_over_processes(x):
-    """The sum of the tensors x of all processes, in place."""
-    if WORLD_SIZE > 1:
-        dist.all_reduce(x)
-    return x
 
 
 def open_folder(args):

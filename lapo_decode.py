@@ -119,24 +119,15 @@ class ImpalaCNN(nn.Module):
 
 
 class IDM(nn.Module):
-    """Inverse dynamics model: o_{t-1}, o_t, o_{t+1} (B, 9, 64, 64) -> continuous latent (B, latent_dim).
+    """Inverse dynamics model: o_{t-1}, o_t, o_{t+1} (B, 9, 64, 64) -> continuous latent (B, latent_dim)."""
 
-    differences (not in the paper): it sees o_t - o_{t-1} and o_{t+1} - o_t alone, hence no scenery.
-    """
-
-    def __init__(self, scale, latent_dim, patch_size=1, differences=False):
+    def __init__(self, scale, latent_dim, patch_size=1):
         super().__init__()
-        self.differences = differences
-        self.network = ImpalaCNN(6 if differences else 9, scale, patch_size)
+        self.network = ImpalaCNN(9, scale, patch_size)
         self.head = nn.Linear(256, latent_dim)
 
-    def see(self, windows):
-        if self.differences:
-            return windows[:, 3:] - windows[:, :6]
-        return windows
-
     def forward(self, windows):
-        return self.head(self.network(self.see(windows))).float()
+        return self.head(self.network(windows)).float()
 
 
 class LatentPolicy(nn.Module):
@@ -278,7 +269,7 @@ def main(args):
     policy_scale = cloned["args"]["policy_scale"]
     latent_dim = len(cloned["idm"]["head.bias"])
     num_actions = data["num_actions"]
-    idm = IDM(pretrain_args["idm_scale"], latent_dim, patch_size, pretrain_args["idm_differences"])
+    idm = IDM(pretrain_args["idm_scale"], latent_dim, patch_size)
     idm.load_state_dict(cloned["idm"])
     idm = idm.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     policy = LatentPolicy(policy_scale, latent_dim, patch_size)
@@ -469,12 +460,13 @@ class Frames:
             rows[mine] = self.shards[s][t[mine] - self.starts[s]]
         return rows
 
-    def labels(self, name):
-        """actions, rewards or returns (N,) of all shards, or None where there are none."""
-        paths = [folder / f"{name}.npy" for folder in self.folders]
-        if not all(path.exists() for path in paths):
-            return None
-        return np.concatenate([np.load(path) for path in paths])
+
+def load_labels(frames, name):
+    """actions, rewards or returns (N,) of a split, or None where there are none."""
+    paths = [folder / f"{name}.npy" for folder in frames.folders]
+    if not all(path.exists() for path in paths):
+        return None
+    return np.concatenate([np.load(path) for path in paths])
 
 
 def load_dataset(args):
@@ -482,30 +474,27 @@ def load_dataset(args):
     data_dir = Path(args.data_dir or f"data/{args.env_id}")
     shards = sorted(data_dir.glob("shard-*")) or [data_dir]
     try:
-        metas = [json.loads((shard / "meta.json").read_text()) for shard in shards]  # written last
-        for meta in metas:
-            if meta["env_id"] != args.env_id:
-                raise ValueError(f"it is of {meta['env_id']}")
+        meta = json.loads((shards[0] / "meta.json").read_text())  # written last
+        if meta["env_id"] != args.env_id:
+            raise ValueError(f"it is of {meta['env_id']}")
         train = Frames([shard / "train" for shard in shards])
         test = Frames([shard / "test" for shard in shards])
     except (OSError, EOFError, ValueError, TypeError, KeyError) as e:
         again = f"`python collect_expert_data.py --env-id {args.env_id}` or tools.import_videos makes one"
         refuse(f"{data_dir} is no whole dataset of {args.env_id} ({e}): {again}; see --data-dir")
-    return metas[0], train, test
+    return meta, train, test
 
 
 def load_actions(frames, num_actions):
     """A split's actions (N,), -1 where frame t has no label a_t, and the windows that have one (n,)."""
     try:
-        actions = frames.labels("actions")
-        if actions is None:
-            raise ValueError("it is not there")
-        if len(actions) != len(frames.first) or not -1 <= actions.min() <= actions.max() < num_actions:
-            raise ValueError(f"found {len(actions)} of {actions.min()} to {actions.max()}")
-    except (OSError, EOFError, ValueError) as e:
-        path = frames.folders[0] / "actions.npy"
+        actions = load_labels(frames, "actions")
+        right = len(actions) == len(frames.first) and -1 <= actions.min() <= actions.max() < num_actions
+    except (OSError, EOFError, ValueError, TypeError):  # TypeError: there are none
+        right = False
+    if not right:
         expected = f"{len(frames.first)} actions of 0 to {num_actions - 1}"
-        refuse(f"{path} should hold {expected} ({e}): make the dataset again")
+        refuse(f"{frames.folders[0]}/actions.npy is missing, or not {expected}: make the dataset again")
     return actions, frames.windows[actions[frames.windows] >= 0]
 
 
@@ -529,10 +518,8 @@ def load_checkpoint(path, stage, env_id):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = [checkpoint["stage"], checkpoint["env_id"], checkpoint["format_version"]]
-    except FileNotFoundError:
-        refuse(f"{path} is not there, or its run is unfinished: {again}")
-    except Exception as e:  # the unpickler raises many kinds
-        refuse(f"{path} is no checkpoint ({type(e).__name__}): {again}")
+    except Exception as e:  # not there, or its run is unfinished, or no checkpoint: of many kinds
+        refuse(f"{path} is no checkpoint of a finished run ({type(e).__name__}): {again}")
     expected = [stage, env_id, FORMAT_VERSION]
     if found != expected:
         refuse(f"{path} is of stage, game and format {found}, expected {expected}: {again}")

@@ -22,10 +22,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -66,7 +64,6 @@ class Args:
     label_smoothing: float = 0.05  # label smoothing of the decoder's cross-entropy
     gamma: float = 0.999  # the discount factor
     gae_lambda: float = 0.95  # the lambda of the generalised advantage estimation
-    norm_adv: bool = True  # normalise the advantages per minibatch
     clip_coef: float = 0.2  # the surrogate clipping coefficient
     clip_vloss: bool = True  # clip the value loss too, as in the PPO paper's code
     ent_coef: float = 0.0025  # coefficient of the entropy bonus
@@ -133,24 +130,15 @@ class ImpalaCNN(nn.Module):
 
 
 class IDM(nn.Module):
-    """Inverse dynamics model: o_{t-1}, o_t, o_{t+1} (B, 9, 64, 64) -> continuous latent (B, latent_dim).
+    """Inverse dynamics model: o_{t-1}, o_t, o_{t+1} (B, 9, 64, 64) -> continuous latent (B, latent_dim)."""
 
-    differences (not in the paper): it sees o_t - o_{t-1} and o_{t+1} - o_t alone, hence no scenery.
-    """
-
-    def __init__(self, scale, latent_dim, patch_size=1, differences=False):
+    def __init__(self, scale, latent_dim, patch_size=1):
         super().__init__()
-        self.differences = differences
-        self.network = ImpalaCNN(6 if differences else 9, scale, patch_size)
+        self.network = ImpalaCNN(9, scale, patch_size)
         self.head = nn.Linear(256, latent_dim)
 
-    def see(self, windows):
-        if self.differences:
-            return windows[:, 3:] - windows[:, :6]
-        return windows
-
     def forward(self, windows):
-        return self.head(self.network(self.see(windows))).float()
+        return self.head(self.network(windows)).float()
 
 
 class Decoder(nn.Module):
@@ -322,13 +310,11 @@ def ppo_loss(logits, newvalue, actions, logprobs, advantages, returns, values, a
 
 
 def average_gradients(parameters):
-    """Over all processes, in place, as in CleanRL's ppo_atari_multigpu.py: one all-reduce."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([grad.flatten() for grad in grads])
-    dist.all_reduce(flat)
-    means = (flat / WORLD_SIZE).split([grad.numel() for grad in grads])
-    for grad, mean in zip(grads, means):
-        grad.copy_(mean.view_as(grad))
+    """Makes every gradient the mean over all processes."""
+    for p in parameters:
+        if p.grad is not None:
+            dist.all_reduce(p.grad)
+            p.grad /= WORLD_SIZE
 
 
 def gather_pairs(pairs):
@@ -360,7 +346,7 @@ def main(args):
     pretrain_args = cloned["pretrain_args"]
     patch_size = pretrain_args["patch_size"]
     latent_dim = len(cloned["idm"]["head.bias"])
-    idm = IDM(pretrain_args["idm_scale"], latent_dim, patch_size, pretrain_args["idm_differences"])
+    idm = IDM(pretrain_args["idm_scale"], latent_dim, patch_size)
     idm.load_state_dict(cloned["idm"])
     idm = idm.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     sizes = cloned["args"]["policy_scale"], patch_size, latent_dim, args.decoder_hidden
@@ -458,8 +444,7 @@ def main(args):
         for _ in range(args.update_epochs):
             for mb in torch.randperm(T * E, device=device).chunk(args.num_minibatches):
                 mb_advantages = b_advantages[mb]
-                if args.norm_adv:
-                    mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
+                mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
                 logits, newvalue = agent(b_features[mb])
                 rollout = b_actions[mb], b_logprobs[mb], mb_advantages, b_returns[mb], b_values[mb]
                 loss, metrics = ppo_loss(logits, newvalue, *rollout, args)
@@ -521,20 +506,22 @@ def main(args):
     if RANK == 0:
         writer.close()
         pairs_path.unlink(missing_ok=True)
-        played = SimpleNamespace(**vars(args), num_levels=data["num_levels"], start_level=data["start_level"])
-        returns = evaluate(lambda obs: agent(agent.features(obs, autocast))[0], played, device, nullcontext())
-        random_mean = data.get("random", {}).get("return_mean", np.nan)  # own videos have no scores
-        best = data.get("demonstrator", {}).get("return_mean", np.nan)
+        torch.manual_seed(args.seed + 1000)
+        num_envs = min(args.num_envs, args.eval_episodes)
+        env = make_env(args.env_id, num_envs, data["num_levels"], data["start_level"], args.seed + 1000)
+        returns = evaluate(
+            lambda obs: agent(agent.features(obs, autocast))[0], env, args.eval_episodes, device
+        )
+        low, high = (data.get(who, {}).get("return_mean", np.nan) for who in ("random", "demonstrator"))
         origin = {"pretrain_args": pretrain_args, "bc_args": cloned["args"], "data": data}
         results = {
             "return_mean": float(returns.mean()),
             "return_stderr": float(returns.std(ddof=1) / len(returns) ** 0.5),
             "episodes": len(returns),
-            "random_mean": random_mean,
-            "relative_to_demonstrator": (returns.mean() - random_mean) / (best - random_mean or np.nan),
+            "relative_to_demonstrator": (returns.mean() - low) / (high - low or np.nan),
             "frames": num_iterations * batch_size,
             "returns": returns.tolist(),
-            "curve": curve[:: 1 + len(curve) // 1000],
+            "curve": curve,
         }
         networks = {"agent": agent.state_dict(), **origin}
         finish(folder, args, time.time() - began, networks, {**results, **origin})
@@ -574,29 +561,24 @@ def make_env(env_id, num_envs, num_levels, start_level, seed):
 
 
 @torch.inference_mode()
-def evaluate(policy, args, device, autocast):
-    """Returns (eval_episodes,) of games with actions drawn from softmax(policy(obs)), (B, A).
+def evaluate(policy, env, num_episodes, device):
+    """Returns (num_episodes,) of games with actions drawn from softmax(policy(obs)), (B, A).
 
     An env that ends its episode begins the next in line; every episode counts, however long.
     """
-    seed = args.seed + 1000
-    num_envs = min(args.num_envs, args.eval_episodes)
-    env = make_env(args.env_id, num_envs, args.num_levels, args.start_level, seed)
-    torch.manual_seed(seed)
-    episode = np.arange(num_envs)  # the one that each env plays
-    running = np.zeros(num_envs)
-    returns = np.full(args.eval_episodes, np.nan)
-    progress = tqdm(total=args.eval_episodes, desc="play", unit="episode", leave=False)
+    episode = np.arange(env.num)  # the one that each env plays
+    running = np.zeros(env.num)
+    returns = np.full(num_episodes, np.nan)
+    progress = tqdm(total=num_episodes, desc="play", unit="episode", leave=False)
     _, frames, _ = env.observe()
     while np.isnan(returns).any():
-        with autocast:
-            logits = policy(torch.tensor(frames["rgb"], device=device))
+        logits = policy(torch.tensor(frames["rgb"], device=device))
         action = Categorical(logits=logits).sample()
         env.act(action.cpu().numpy().astype(np.int32))
         reward, frames, first = env.observe()
         running += reward
         for e in np.flatnonzero(first):
-            if episode[e] < args.eval_episodes:
+            if episode[e] < num_episodes:
                 returns[episode[e]] = running[e]
                 progress.update()
             episode[e] = episode.max() + 1
@@ -612,10 +594,8 @@ def load_checkpoint(path, stage, env_id):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = [checkpoint["stage"], checkpoint["env_id"], checkpoint["format_version"]]
-    except FileNotFoundError:
-        refuse(f"{path} is not there, or its run is unfinished: {again}")
-    except Exception as e:  # the unpickler raises many kinds
-        refuse(f"{path} is no checkpoint ({type(e).__name__}): {again}")
+    except Exception as e:  # not there, or its run is unfinished, or no checkpoint: of many kinds
+        refuse(f"{path} is no checkpoint of a finished run ({type(e).__name__}): {again}")
     expected = [stage, env_id, FORMAT_VERSION]
     if found != expected:
         refuse(f"{path} is of stage, game and format {found}, expected {expected}: {again}")
@@ -642,9 +622,8 @@ def start(args):
         refuse(f"--decoder-frames {args.decoder_frames} hold no update but the last: widen them, or --no-sl")
     device = torch.device("cpu")
     if args.cuda and torch.accelerator.is_available():
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
         device = torch.accelerator.current_accelerator()
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if WORLD_SIZE > 1:
         dist.init_process_group()
     bf16 = args.bf16

@@ -58,7 +58,6 @@ class Args:
     data_dir: str | None = None  # the dataset; default data/ENV_ID
     # method
     idm_scale: float = 4.0  # width of the IDM's IMPALA-CNN: 16, 32, 32 channels times this
-    idm_differences: bool = False  # the IDM sees frames' differences, in training shifted (not in the paper)
     fdm_width: int = 24  # base width of the FDM's U-Net
     patch_size: Literal[1, 2, 4] = 1  # P: patches of P x P pixels are folded into channels (not in the paper)
     predict_change: bool = False  # the FDM predicts o_{t+1} - o_t, from 0 on (not in the paper)
@@ -127,24 +126,15 @@ class ImpalaCNN(nn.Module):
 
 
 class IDM(nn.Module):
-    """Inverse dynamics model: o_{t-1}, o_t, o_{t+1} (B, 9, 64, 64) -> continuous latent (B, latent_dim).
+    """Inverse dynamics model: o_{t-1}, o_t, o_{t+1} (B, 9, 64, 64) -> continuous latent (B, latent_dim)."""
 
-    differences (not in the paper): it sees o_t - o_{t-1} and o_{t+1} - o_t alone, hence no scenery.
-    """
-
-    def __init__(self, scale, latent_dim, patch_size=1, differences=False):
+    def __init__(self, scale, latent_dim, patch_size=1):
         super().__init__()
-        self.differences = differences
-        self.network = ImpalaCNN(6 if differences else 9, scale, patch_size)
+        self.network = ImpalaCNN(9, scale, patch_size)
         self.head = nn.Linear(256, latent_dim)
 
-    def see(self, windows):
-        if self.differences:
-            return windows[:, 3:] - windows[:, :6]
-        return windows
-
     def forward(self, windows):
-        return self.head(self.network(self.see(windows))).float()
+        return self.head(self.network(windows)).float()
 
 
 class VQ(nn.Module):
@@ -303,18 +293,10 @@ class LAPO(nn.Module):
             quantised, vq_loss, _, perplexity = self.vq(z)
         return z, quantised, vq_loss, perplexity
 
-    def forward(self, windows, idm_windows):
-        """idm_windows are what the IDM sees: the windows themselves, unless --idm-differences shifts them."""
-        _, quantised, vq_loss, perplexity = self.encode(idm_windows)
+    def forward(self, windows):
+        _, quantised, vq_loss, perplexity = self.encode(windows)
         prediction = self.fdm(windows[:, :6], quantised)  # the future reaches it through z alone
         return prediction, vq_loss, perplexity
-
-
-def shift(windows, step, rng):
-    """Rolls each window (B, 9, 64, 64) by random multiples of `step` pixels, its frames alike."""
-    shifts = step * rng.integers(64 // step, size=(len(windows), 2))
-    rolled = [torch.roll(window, by, (1, 2)) for window, by in zip(windows, shifts.tolist())]
-    return torch.stack(rolled).contiguous(memory_format=torch.channels_last)
 
 
 def get_windows(frames, t, device):
@@ -340,7 +322,7 @@ def main(args):
     # networks
     torch.manual_seed(args.seed)  # the same on all processes
     latent_dim = args.vq_num_codebooks * args.vq_num_slots * args.vq_dim
-    idm = IDM(args.idm_scale, latent_dim, args.patch_size, args.idm_differences)
+    idm = IDM(args.idm_scale, latent_dim, args.patch_size)
     vq = None
     if args.vq:
         vq_sizes = args.vq_num_codebooks, args.vq_num_slots, args.vq_dim, args.vq_num_codes
@@ -367,12 +349,9 @@ def main(args):
         rng = np.random.default_rng([args.seed, step, RANK])
         t = rng.choice(train.windows, args.batch_size // WORLD_SIZE)
         windows = get_windows(train, t, device)  # (B, 9, 64, 64)
-        idm_windows = windows
-        if args.idm_differences:  # so that latents cannot say where
-            idm_windows = shift(windows, 8 * args.patch_size, rng)
 
         with autocast:
-            prediction, vq_loss, perplexity = model(windows, idm_windows)
+            prediction, vq_loss, perplexity = model(windows)
         fdm_loss = F.mse_loss(prediction, windows[:, 6:])
         loss = fdm_loss + vq_loss
         optimizer.zero_grad()
@@ -435,10 +414,7 @@ def evaluate(lapo, test, num_windows, device, autocast):
     some = np.random.default_rng(0).permutation(test.windows)[:num_windows]
     t = np.sort(some)
     episode = np.cumsum(test.first)[t]
-    fdm_losses = []
-    copy_losses = []
-    other_losses = []
-    active_shares = []
+    rows = []  # of each window, three losses and the share of active units
     latents = []
     lapo.eval()
     for i in np.split(np.arange(len(t)), range(512, len(t), 512)):
@@ -449,21 +425,21 @@ def evaluate(lapo, test, num_windows, device, autocast):
             z, quantised, _, _ = lapo.encode(windows)
             prediction = lapo.fdm(frames, quantised)
             other = lapo.fdm(frames, quantised[other_windows(episode[i])])
-            units = lapo.idm.network.conv(lapo.idm.see(windows))
-        fdm_losses.append((prediction - target).square().mean((1, 2, 3)))  # (B,)
-        copy_losses.append((windows[:, 3:6] - target).square().mean((1, 2, 3)))
-        other_losses.append((other - target).square().mean((1, 2, 3)))
-        active_shares.append((units > 0).float().mean(1))
+            units = lapo.idm.network.conv(windows)
+        guesses = prediction, windows[:, 3:6], other
+        losses = [(guess - target).square().mean((1, 2, 3)) for guess in guesses]  # (B,) each
+        active = (units > 0).float().mean(1)
+        rows.append(torch.stack([*losses, active]))
         latents.append(z)
     lapo.train()
-    fdm_loss = torch.cat(fdm_losses).mean().item()
+    fdm_loss, copy_loss, other_loss, active_share = torch.cat(rows, dim=1).mean(1).tolist()
     metrics = {
         "test/fdm_loss": fdm_loss,
-        "test/copy_last_frame_loss": torch.cat(copy_losses).mean().item(),
-        "test/other_latent_cost": torch.cat(other_losses).mean().item() / fdm_loss - 1,
-        "test/idm_active_share": torch.cat(active_shares).mean().item(),  # 0: dead, latents all the same
+        "test/copy_last_frame_loss": copy_loss,
+        "test/other_latent_cost": other_loss / fdm_loss - 1,
+        "test/idm_active_share": active_share,  # 0: dead, latents all the same
     }
-    actions = test.labels("actions")
+    actions = load_labels(test, "actions")
     if actions is not None and (actions[t] >= 0).sum() > 1:
         z = torch.cat(latents).cpu().numpy()  # (n, latent_dim)
         metrics["probe/balanced_accuracy"] = linear_probe(z, actions[t])
@@ -524,12 +500,13 @@ class Frames:
             rows[mine] = self.shards[s][t[mine] - self.starts[s]]
         return rows
 
-    def labels(self, name):
-        """actions, rewards or returns (N,) of all shards, or None where there are none."""
-        paths = [folder / f"{name}.npy" for folder in self.folders]
-        if not all(path.exists() for path in paths):
-            return None
-        return np.concatenate([np.load(path) for path in paths])
+
+def load_labels(frames, name):
+    """actions, rewards or returns (N,) of a split, or None where there are none."""
+    paths = [folder / f"{name}.npy" for folder in frames.folders]
+    if not all(path.exists() for path in paths):
+        return None
+    return np.concatenate([np.load(path) for path in paths])
 
 
 def load_dataset(args):
@@ -537,16 +514,15 @@ def load_dataset(args):
     data_dir = Path(args.data_dir or f"data/{args.env_id}")
     shards = sorted(data_dir.glob("shard-*")) or [data_dir]
     try:
-        metas = [json.loads((shard / "meta.json").read_text()) for shard in shards]  # written last
-        for meta in metas:
-            if meta["env_id"] != args.env_id:
-                raise ValueError(f"it is of {meta['env_id']}")
+        meta = json.loads((shards[0] / "meta.json").read_text())  # written last
+        if meta["env_id"] != args.env_id:
+            raise ValueError(f"it is of {meta['env_id']}")
         train = Frames([shard / "train" for shard in shards])
         test = Frames([shard / "test" for shard in shards])
     except (OSError, EOFError, ValueError, TypeError, KeyError) as e:
         again = f"`python collect_expert_data.py --env-id {args.env_id}` or tools.import_videos makes one"
         refuse(f"{data_dir} is no whole dataset of {args.env_id} ({e}): {again}; see --data-dir")
-    return metas[0], train, test
+    return meta, train, test
 
 
 def refuse(sentence):
@@ -565,9 +541,8 @@ def start(args):
         refuse(f"--batch-size {args.batch_size} is no multiple of the {WORLD_SIZE} processes")
     device = torch.device("cpu")
     if args.cuda and torch.accelerator.is_available():
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
         device = torch.accelerator.current_accelerator()
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if WORLD_SIZE > 1:
         dist.init_process_group()
     bf16 = args.bf16

@@ -55,7 +55,6 @@ class Args:
     patch_size: int = 1  # P: patches of P x P pixels are folded into channels (not in the paper)
     gamma: float = 0.999  # the discount factor
     gae_lambda: float = 0.95  # the lambda of the generalised advantage estimation
-    norm_adv: bool = True  # normalise the advantages per minibatch
     clip_coef: float = 0.2  # the surrogate clipping coefficient
     clip_vloss: bool = True  # clip the value loss too, as in the PPO paper's code
     ent_coef: float = 0.01  # coefficient of the entropy bonus
@@ -197,13 +196,11 @@ def ppo_loss(logits, newvalue, actions, logprobs, advantages, returns, values, a
 
 
 def average_gradients(parameters):
-    """Over all processes, in place, as in CleanRL's ppo_atari_multigpu.py: one all-reduce."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([grad.flatten() for grad in grads])
-    dist.all_reduce(flat)
-    means = (flat / WORLD_SIZE).split([grad.numel() for grad in grads])
-    for grad, mean in zip(grads, means):
-        grad.copy_(mean.view_as(grad))
+    """Makes every gradient the mean over all processes."""
+    for p in parameters:
+        if p.grad is not None:
+            dist.all_reduce(p.grad)
+            p.grad /= WORLD_SIZE
 
 
 def main(args):
@@ -289,8 +286,7 @@ def main(args):
         for _ in range(args.update_epochs):
             for mb in torch.randperm(T * E, device=device).chunk(args.num_minibatches):
                 mb_advantages = b_advantages[mb]
-                if args.norm_adv:
-                    mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
+                mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
                 optimizer.zero_grad()
                 for i, adv in zip(mb.split(micro_batch_size), mb_advantages.split(micro_batch_size)):
                     with autocast:
@@ -336,14 +332,18 @@ def main(args):
 
     if RANK == 0:
         writer.close()
-        returns = evaluate(lambda obs: agent(obs)[0], args, device, autocast)
+        torch.manual_seed(args.seed + 1000)
+        num_envs = min(args.num_envs, args.eval_episodes)
+        env = make_env(args.env_id, num_envs, args.num_levels, args.start_level, args.seed + 1000)
+        with autocast:
+            returns = evaluate(lambda obs: agent(obs)[0], env, args.eval_episodes, device)
         played = {"num_levels": args.num_levels, "start_level": args.start_level, "returns": returns.tolist()}
         results = {
             "return_mean": float(returns.mean()),
             "return_stderr": float(returns.std(ddof=1) / len(returns) ** 0.5),
             "episodes": len(returns),
             "frames": num_iterations * batch_size,
-            "curve": curve[:: 1 + len(curve) // 1000],
+            "curve": curve,
         }
         networks = {"agent": agent.state_dict(), **played}
         finish(folder, args, time.time() - began, networks, {**results, **played})
@@ -381,29 +381,24 @@ def make_env(env_id, num_envs, num_levels, start_level, seed):
 
 
 @torch.inference_mode()
-def evaluate(policy, args, device, autocast):
-    """Returns (eval_episodes,) of games with actions drawn from softmax(policy(obs)), (B, A).
+def evaluate(policy, env, num_episodes, device):
+    """Returns (num_episodes,) of games with actions drawn from softmax(policy(obs)), (B, A).
 
     An env that ends its episode begins the next in line; every episode counts, however long.
     """
-    seed = args.seed + 1000
-    num_envs = min(args.num_envs, args.eval_episodes)
-    env = make_env(args.env_id, num_envs, args.num_levels, args.start_level, seed)
-    torch.manual_seed(seed)
-    episode = np.arange(num_envs)  # the one that each env plays
-    running = np.zeros(num_envs)
-    returns = np.full(args.eval_episodes, np.nan)
-    progress = tqdm(total=args.eval_episodes, desc="play", unit="episode", leave=False)
+    episode = np.arange(env.num)  # the one that each env plays
+    running = np.zeros(env.num)
+    returns = np.full(num_episodes, np.nan)
+    progress = tqdm(total=num_episodes, desc="play", unit="episode", leave=False)
     _, frames, _ = env.observe()
     while np.isnan(returns).any():
-        with autocast:
-            logits = policy(torch.tensor(frames["rgb"], device=device))
+        logits = policy(torch.tensor(frames["rgb"], device=device))
         action = Categorical(logits=logits).sample()
         env.act(action.cpu().numpy().astype(np.int32))
         reward, frames, first = env.observe()
         running += reward
         for e in np.flatnonzero(first):
-            if episode[e] < args.eval_episodes:
+            if episode[e] < num_episodes:
                 returns[episode[e]] = running[e]
                 progress.update()
             episode[e] = episode.max() + 1
@@ -432,9 +427,8 @@ def start(args):
     make_env(args.env_id, 1, args.num_levels, args.start_level, args.seed).close()  # or refuses --env-id
     device = torch.device("cpu")
     if args.cuda and torch.accelerator.is_available():
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
         device = torch.accelerator.current_accelerator()
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if WORLD_SIZE > 1:
         dist.init_process_group()
     bf16 = args.bf16

@@ -52,7 +52,7 @@ if [ "$ENV_ID" = FrozenLake-v1 ]; then
         --num-train-frames 4096 --num-test-frames 512 --num-envs 32
     stage lapo_pretrain.py "${COMMON[@]}" \
         --num-updates 600 --batch-size 32 --learning-rate 1e-3 --warmup-updates 100 \
-        --idm-differences --no-vq --vq-num-codebooks 1 --vq-num-slots 1 --vq-dim 4 \
+        --no-vq --vq-num-codebooks 1 --vq-num-slots 1 --vq-dim 4 \
         --patch-size 2 --idm-scale 0.5 --fdm-width 8 --predict-change --no-bf16 --eval-every 100 --eval-windows 1024
     stage lapo_bc.py "${COMMON[@]}" \
         --num-updates 1200 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 --eval-every 250 \

@@ -110,7 +110,7 @@ def fit_last_layer(idm, frames, t, actions, windows, autocast):
     num_actions = len(idm.head.bias)
 
     def features(t):
-        x = apply_to_windows(lambda x: idm.network(idm.see(x)), frames, t, actions.device, autocast)
+        x = apply_to_windows(idm.network, frames, t, actions.device, autocast)
         return x.float().cpu().numpy()  # (n, 256)
 
     scaler = StandardScaler().fit(features(windows))
@@ -251,7 +251,7 @@ def new_networks(num_actions, pretrained, cloned, args, device):
     """
     if pretrained:
         sizes = pretrained["args"]
-        idm = IDM(sizes["idm_scale"], num_actions, sizes["patch_size"], sizes["idm_differences"])
+        idm = IDM(sizes["idm_scale"], num_actions, sizes["patch_size"])
         idm.network.load_state_dict(impala_cnn(pretrained["idm"]))
     else:
         idm = IDM(args.idm_scale, num_actions, args.patch_size)

@@ -29,6 +29,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from lapo_bc import load_dataset  # noqa: E402
+from lapo_decode import load_labels  # noqa: E402
 from tools.inspect_latents import variance_between  # noqa: E402
 from tools.loading import encode, load_lapo  # noqa: E402
 
@@ -176,7 +177,7 @@ def latents_of_test(results, checkpoint):
     t = test.windows[chosen]
     lapo = load_lapo(pretrained, torch.device("cpu"))
     z = encode(lapo, test, t, torch.device("cpu")).z
-    return z, test.labels("actions")[t], np.cumsum(test.first)[t]
+    return z, load_labels(test, "actions")[t], np.cumsum(test.first)[t]
 
 
 READERS = {

@@ -40,7 +40,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 from altered import altered_games  # noqa: E402
 
 from lapo_bc import LatentPolicy, latent_moments, load_dataset, scheduled_rate  # noqa: E402
-from lapo_decode import Decoder, evaluate, fit_classifier, make_env  # noqa: E402
+from lapo_decode import Decoder, evaluate, fit_classifier, load_labels, make_env  # noqa: E402
 from tools.first_report import cluster  # noqa: E402
 from tools.loading import encode, load_lapo, load_policy, new_lapo, write_whole  # noqa: E402
 
@@ -64,7 +64,7 @@ LAKE = {  # what the small world has of its own, quickstart.sh's
     "collect_expert_data": "--demonstrator value_iteration --num-levels 16 --num-train-frames 4096 "
     "--num-test-frames 4096 --num-envs 32",
     "lapo_pretrain": "--num-updates 600 --batch-size 32 --learning-rate 1e-3 --warmup-updates 100 "
-    "--idm-differences --no-vq --vq-num-codebooks 1 --vq-num-slots 1 --vq-dim 4 --patch-size 2 "
+    "--no-vq --vq-num-codebooks 1 --vq-num-slots 1 --vq-dim 4 --patch-size 2 "
     "--idm-scale 0.5 --fdm-width 8 --predict-change",
     "lapo_bc": "--num-updates 1200 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 "
     "--policy-scale 0.5",
@@ -226,7 +226,7 @@ def labels(frames, t, name="actions"):
     """The actions that were meant at t {split: (n,)}; happened: those that were carried out."""
     found = {}
     for split in t:
-        actions = frames[split].labels(name)
+        actions = load_labels(frames[split], name)
         found[split] = torch.from_numpy(actions[t[split]]).long()
     return found
 
@@ -261,7 +261,7 @@ def learned(made):
     effect = EFFECT if coinrun else torch.arange(15)
     meant = {split: effect[actions] for split, actions in labels(frames, t).items()}
     done = meant
-    if frames["test"].labels("happened") is not None:
+    if load_labels(frames["test"], "happened") is not None:
         done = {split: effect[actions] for split, actions in labels(frames, t, "happened").items()}
     moved = {}
     for split in t:

@@ -56,7 +56,7 @@ def measure_pretraining(lapo, windows):
     """Rows from frames to IDM, z, VQ and FDM; the latents z (n, latent_dim) before VQ."""
     n = len(windows)  # the loss is a mean over windows: a window's gradient is n times its row
     idm = lapo.idm
-    conv = idm.network.conv(idm.see(windows))  # (n, C)
+    conv = idm.network.conv(windows)  # (n, C)
     features = torch.relu(idm.network.fc(conv))  # (n, 256)
     z = idm.head(features)  # (n, latent_dim)
     quantised = z

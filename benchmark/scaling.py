@@ -69,7 +69,7 @@ def pretrain_update(s, frames, autocast):
         t = torch.randint(1, len(frames) - 1, (s.batch // WORLD_SIZE,)).numpy()
         windows = pretrain.get_windows(frames, t, device)
         with autocast:
-            prediction, vq_loss, _ = model(windows, windows)
+            prediction, vq_loss, _ = model(windows)
         loss = F.mse_loss(prediction, windows[:, 6:]) + vq_loss
         optimizer.zero_grad()
         loss.backward()

@@ -185,7 +185,7 @@ def pretrain_step(s, on, autocast):
         else:
             windows = next(batches).to(device, memory_format=layout(on))
         with autocast:
-            prediction, vq_loss, _ = lapo(windows, windows)
+            prediction, vq_loss, _ = lapo(windows)
         loss = F.mse_loss(prediction, windows[:, 6:]) + vq_loss
         optimizer.zero_grad()
         loss.backward()

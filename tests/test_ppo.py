@@ -1,6 +1,5 @@
 """PPO against slow definitions and plain forms, schedules, precision, the paper's settings as defaults."""
 
-import contextlib
 import json
 import signal
 from types import SimpleNamespace
@@ -8,26 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ROOT, bc, collect, decode, finetune, ppo, pretrain
-
-HYPER = SimpleNamespace(clip_coef=0.2, clip_vloss=True, ent_coef=0.01, vf_coef=0.5)
-
-
-def gradients(*modules):
-    return torch.cat([p.grad.flatten() for m in modules for p in m.parameters() if p.grad is not None])
-
-
-def relative(a, b):
-    """How far a is from b, |a - b| / |b|."""
-    return float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b))
-
-
-def random_frames(n):
-    """Smooth frames (n, 64, 64, 3) uint8: a network's gradients on noise would drown in rounding."""
-    coarse = torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    frames = F.interpolate(coarse, size=64, mode="bilinear") * 255
-    return frames.byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -52,13 +32,10 @@ def test_gae_against_its_definition(seed):
 
 
 def test_reward_normalizer_against_full_history():
-    """Rewards over the deviation of all discounted returns so far (and 1e-4 of a unit normal), clipped.
-
-    A copy of the statistics, as resume.pt has it, goes on with the same numbers.
-    """
+    """Rewards over the deviation of all discounted returns so far (and 1e-4 of a unit normal), clipped."""
     rng, E, gamma = np.random.default_rng(0), 256, 0.9
     normalize, running, history, clipped = ppo.RewardNormalizer(E, gamma), np.zeros(E), [], 0
-    for step in range(30):
+    for _ in range(30):
         reward = rng.normal(size=E) + 1000 * (rng.random(E) < 1 / E)  # rare and large: the clip is reached
         done = rng.random(E) < 0.1
         running = gamma * running + reward
@@ -67,10 +44,6 @@ def test_reward_normalizer_against_full_history():
         var = (1e-4 * (1 + mean**2) + sum((r - mean) ** 2 for r in history)) / n
         scaled = reward / np.sqrt(var + 1e-8)
         clipped += (abs(scaled) > 10).sum()
-        if step == 15:
-            before, normalize = normalize, ppo.RewardNormalizer(E, gamma)
-            vars(normalize.stats).update({name: float(x) for name, x in vars(before.stats).items()})
-            normalize.returns = before.returns  # which a resumed run begins anew
         np.testing.assert_allclose(normalize(reward, done), np.clip(scaled, -10, 10), rtol=1e-9, atol=1e-12)
         running[done] = 0
     assert clipped > 3
@@ -121,36 +94,6 @@ def test_defaults_are_the_papers_settings(module):
     args = json.loads(json.dumps(vars(module.Args())))
     wanted = json.loads((ROOT / "tests" / "paper.json").read_text())[module.__name__]
     assert {name: args[name] for name in wanted} == wanted
-
-
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("stored_features", [False, True])
-def test_ppo_update(stored_features, bf16):
-    """Channels-last, bfloat16, micro-batches and stored features give a plain minibatch's loss."""
-    g = torch.Generator().manual_seed(0)
-    obs, actions = torch.from_numpy(random_frames(50)), torch.randint(15, (50,), generator=g)
-    noise, advantages, returns, values = torch.randn(4, 50, generator=g)
-    batch = actions, noise * 0.1 - 2.7, advantages, returns, values
-    torch.manual_seed(0)
-    agent = finetune.FinetunedAgent(0.5, 1, 8, (16,), sl=False) if stored_features else ppo.Agent(0.5)
-    torch.nn.init.normal_(agent.actor.weight, std=0.1)
-    hidden = agent.network((obs.float() / 255 - 0.5).permute(0, 3, 1, 2).contiguous())
-    plain, _ = ppo.ppo_loss(agent.actor(hidden), agent.critic(hidden).squeeze(-1), *batch, HYPER)
-    plain.backward()
-    expected, total = gradients(agent), 0.0
-    agent = agent.to(memory_format=torch.channels_last)
-    agent.zero_grad()
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-    with torch.no_grad():
-        inputs = agent.features(obs, autocast) if stored_features else obs
-    for i in torch.arange(50).split(16):  # 16, 16, 16, 2
-        with contextlib.nullcontext() if stored_features else autocast:
-            logits, value = agent(inputs[i])
-        loss, _ = ppo.ppo_loss(logits, value, *(x[i] for x in batch), HYPER)
-        (loss * len(i) / 50).backward()
-        total += loss.item() * len(i) / 50
-    assert total == pytest.approx(plain.item(), rel=2e-2 if bf16 else 1e-5)
-    assert relative(gradients(agent), expected) < (1e-1 if bf16 else 1e-4)
 
 
 @pytest.mark.parametrize("bf16, enabled", [(None, False), (True, True), (False, False)])

@@ -107,16 +107,6 @@ def test_the_life_of_a_run(pipeline, tmp_path, name):
     assert not {"results.json", "checkpoint.pt", "resume.pt"} & {path.name for path in folder.iterdir()}
 
 
-def test_shifts_are_drawn_from_the_step(pipeline, tmp_path):
-    """Pretraining with --idm-differences, too, ends bit for bit as if it had not been killed."""
-    flags = [*TOY["lapo_pretrain"], "--idm-differences"]
-    cwd, whole = (inputs(pipeline, tmp_path / name, "lapo_pretrain") for name in ("killed", "whole"))
-    killed(cwd, "lapo_pretrain", *flags, **STOP_AT["lapo_pretrain"])
-    for folder in (cwd, whole):
-        inline(folder, "lapo_pretrain", *flags)
-    assert same_networks(*(x / run_dir("lapo_pretrain") / "checkpoint.pt" for x in (cwd, whole)))
-
-
 def test_a_stopped_collection_begins_anew(pipeline, tmp_path):
     """Killed in its middle it leaves no dataset; the same command then makes it as if nothing had been."""
     stage, cwd = "collect_expert_data", inputs(pipeline, tmp_path / "work", "collect_expert_data")

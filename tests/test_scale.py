@@ -12,11 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
-    ROOT, TOY, bc, decode, finetune, link_tree, load, pretrain, process, refusal, run_dir, same,
+    ROOT, TOY, bc, link_tree, load, pretrain, process, run_dir, same,
 )  # fmt: skip
 from test_data import replay, split_args
-
-import vpt
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +34,7 @@ def test_an_update_of_two_halves(two):
     lapo, windows, losses = pretrain.LAPO(idm, vq, fdm), torch.rand(16, 9, 64, 64) - 0.5, []
     vq.eval()  # its codes stay while both halves are computed
     for half in windows.split(8):
-        prediction, vq_loss, _ = lapo(half, half)
+        prediction, vq_loss, _ = lapo(half)
         losses.append(F.mse_loss(prediction, half[:, 6:]) + vq_loss)
     (sum(losses) / 2).backward()
     vq.train()(idm(windows))
@@ -80,15 +78,6 @@ def test_both_end_with_the_same_networks(two):
     torch.testing.assert_close(policy["std"], z.std(0), atol=1e-5, rtol=1e-3)
 
 
-def test_they_play_different_games(two):
-    """64 games, each with a seed of its own."""
-    cwd, (a, b), _ = two
-    assert len(a["games"]) == len(b["games"]) == 32
-    assert len({obs.numpy().tobytes() for obs in torch.cat([a["games"], b["games"]])}) == 64
-    results = json.loads((cwd / "two" / run_dir("ppo_procgen").name / "results.json").read_text())
-    assert len(results["returns"]) == results["episodes"] == 8 and results["frames"] == 2048
-
-
 def test_each_writes_a_whole_dataset(two):
     """A shard's rows replay with its meta.json, alone it is a dataset, together they are one."""
     frames, windows = [], 0
@@ -108,14 +97,6 @@ def test_one_ranks_nan_stops_all(two):
     assert [rank["nan"] for rank in ranks] == [1, 1] and "not finite at update 1" in errors[0]
     assert "error:" not in errors[1] and "Traceback" not in "".join(errors)
     assert not list((cwd / "nan").rglob("*.pt"))
-
-
-def test_refusals(work, monkeypatch):
-    """Batches and games that several processes cannot share; stages that are for one process."""
-    known = {pretrain: "--batch-size 16", bc: "--batch-size 16", finetune: "--num-"}
-    for module, words in {**known, decode: "no torchrun", vpt: "no torchrun"}.items():
-        monkeypatch.setattr(module, "WORLD_SIZE", 3)
-        assert words in refusal(work, module.__name__, *TOY.get(module.__name__, []), "--exp-name", "fresh")
 
 
 def test_torchrun(pipeline, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import tyro
-from conftest import ENV_ID, OLD, RUNS, TOY, inline, link_tree, load, pretrain, refusal, results_of, run_dir
+from conftest import ENV_ID, RUNS, TOY, inline, link_tree, load, pretrain, refusal, results_of, run_dir
 from test_data import split_args
 
 from tools import inspect_latents, play_dream
@@ -50,7 +50,7 @@ def test(pipeline):
 
 def test_groups_and_codes(report, lapo, test):
     """Every window is counted once, under its own true action; latents and perplexity are lapo_pretrain's."""
-    groups, t, actions = report.results["groups"], test.windows, test.labels("actions")
+    groups, t, actions = report.results["groups"], test.windows, pretrain.load_labels(test, "actions")
     z, _, codes, perplexity = lapo.vq(lapo.idm(pretrain.get_windows(test, t, "cpu")))
     assert report.results["perplexity"] == pytest.approx(perplexity.tolist(), rel=1e-4)
     assert report.results["joint_codes"] == len({tuple(code) for code in codes.flatten(1).tolist()})
@@ -96,32 +96,6 @@ def test_what_latents_are_worth(lapo, test):
     noise = np.random.default_rng(0).normal(size=(900, 4))
     assert inspect_latents.variance_between(np.eye(4)[groups], groups) == pytest.approx(1)
     assert inspect_latents.variance_between(noise, groups) < 0.02
-
-
-def test_an_fdm_of_true_actions():
-    """It learns what the action moves, so that another action costs it most of what it predicts."""
-    rng, p = np.random.default_rng(0), vars(pretrain.Args(predict_change=True, fdm_width=4, patch_size=4))
-    actions = rng.integers(3, size=240)
-    frames = np.zeros((242, 64, 64, 3), dtype=np.uint8)
-    frames[2:] += (actions * 90).astype(np.uint8)[:, None, None, None]  # o_{t+1} shows a_t
-    z, t = np.eye(3, dtype=np.float32)[actions], np.arange(1, 241)
-    p |= {"batch_size": 32, "learning_rate": 3e-3, "bf16": False}
-    fdm = inspect_latents.fit_fdm(p, frames, t, z, 150, torch.device("cpu"))
-    found = inspect_latents.worth(fdm, frames, t, z, t // 20, "cpu")
-    assert found["any_window"] > 1 and found["same_episode"] > 1
-
-
-def test_latent_space_metrics():
-    """Latents and codes that name the action score 1; shuffled actions leave next to nothing."""
-    rng = np.random.default_rng(0)
-    actions = [rng.integers(6, size=300) for _ in range(2)]
-    z = [(9 * np.eye(6)[a] + 0.1 * rng.normal(size=(300, 6))).astype(np.float32) for a in actions]
-    codes = np.stack([actions[1], rng.integers(6, size=300)], axis=-1)[:, :, None]
-    out = inspect_latents.latent_space_metrics(*z, codes, *actions)
-    assert out["linear_probe"] == out["mlp_probe"] == out["nmi_best_slot"] == 1
-    assert out["nmi"] == pytest.approx(0.5, abs=0.1) and out["cluster_purity"] > 0.9
-    out = inspect_latents.latent_space_metrics(*z, codes, *(rng.permutation(a) for a in actions))
-    assert max(out["linear_probe"], out["mlp_probe"], out["cluster_purity"]) < 0.35 and out["nmi"] < 0.1
 
 
 def test_report_stands_alone(report):
@@ -225,16 +199,6 @@ def test_server(pipeline, play):
     server.server_close()
 
 
-@pytest.mark.parametrize("tool, flags", [("inspect_latents", INSPECT), ("play_dream", PLAY)])
-def test_refusals(pipeline, tool, flags):
-    """Tools refuse what stages refuse, by the same functions, and flags that cannot work."""
-    flags = [*flags, *(["--exp-name", "fresh"] if tool == "inspect_latents" else [])]
-    tool = f"tools/{tool}"
-    assert "lapo_pretrain.py" in refusal(pipeline.cwd, tool, *flags, "--seed", "7")
-    assert "collect_expert_data.py" in refusal(pipeline.cwd, tool, *flags, "--data-dir", "nowhere")
-    assert "--num-groups" in refusal(pipeline.cwd, tool, *flags, "--num-groups", "0")
-
-
 def rows(path):
     return list(csv.DictReader(path.open(newline="")))
 
@@ -262,26 +226,3 @@ def test_results_to_tables_and_pictures(pipeline, report, tmp_path):
     pictures = list(tmp_path.glob("*.png"))
     assert pictures and all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
     assert any("demonstrator" in path.read_text() for path in tmp_path.glob("*.md"))
-
-
-def test_shares():
-    """Shares of the demonstrator and their mean over games, on returns that do not vary."""
-    rows = []
-    for game, method, x in zip("aaabbb", ["random", "demonstrator", "vpt"] * 2, (1, 11, 6, -2, 2, 1)):
-        row = {"env_id": game, "method": method, "n_labels": "", "returns": f"{x} {x}|{x} {x}"}
-        rows += [row | {"seed": seed} for seed in (1, 2)]
-    scores = plot.Scores(rows, 50)
-    assert scores.interval("a", "vpt", "") == (6, 6, 6, 2, 8) and scores.relative("b", 1) == 0.75
-    assert scores.over_games("vpt", "") == (0.625,) * 3 and scores.over_games("rl_sl", "") is None
-
-
-def test_throughput(tmp_path):
-    """throughput.py measures, prints and writes its rows; rows of stages that were not measured stay."""
-    out, kept = tmp_path / "t.json", {"stage": "clone", "shapes": "paper", "rate": 7}
-    out.write_text(json.dumps({"rows": [kept]}))
-    stages = ["env", "load"] if OLD else ["load"]  # procgen's dictionaries end with Python 3.12
-    flags = ["--rounds", "1", "--seconds", "0.01", "--no-bf16", "--stages", *stages]
-    inline(tmp_path, "benchmark/throughput", *flags, "--shapes", "64 games", "batch 32", "--out", out)
-    found = json.loads(out.read_text())["rows"]
-    assert kept in found and {row["stage"] for row in found} == {"clone", *stages}
-    assert all(row["rate"] > 0 and row["ratio_to_plain"] > 0 for row in found if row != kept)

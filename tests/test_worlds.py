@@ -10,8 +10,6 @@ from conftest import ENV_ID, ENV_NAMES, ROOT, TOY, inline, load, ppo, refusal, r
 from gymnasium.envs.toy_text.frozen_lake import generate_random_map
 from PIL import Image
 
-from tools import first_report
-
 GAMES_SEEN = json.loads((ROOT / "tests" / "games.json").read_text())
 
 
@@ -65,16 +63,6 @@ def test_worlds_against_a_slow_form():
 
 def seen(world):
     return np.asarray(Image.fromarray(world.render()).resize((64, 64), Image.BOX))
-
-
-def test_the_state_of_worlds():
-    """set_state(get_state()) goes on as if nothing had been, also in the episodes after that."""
-    env = ppo.make_env("FrozenLake-v1", 4, 0, 0, 3)
-    play(env, 4, 7)
-    state, there = env.callmethod("get_state"), play(env, 4, 40, seed=1)
-    env.callmethod("set_state", json.loads(json.dumps(state)))
-    again = play(env, 4, 40, seed=1)
-    assert np.array_equal(there[0], again[0]) and np.array_equal(there[2][1:], again[2][1:])
 
 
 def test_frozen_lake_has_maps_and_starts():
@@ -156,14 +144,3 @@ def test_scores_of_what_nobody_can_play(work):
         assert row["accuracy_mean"] == pytest.approx(np.mean(row["accuracies"]))
     (data / "test" / "actions.npy").unlink()
     assert "data" in refusal(work, "tools/score_labels", *flags.split(), "--overwrite")
-
-
-def test_clusters_of_latents():
-    """Purity and NMI are 1 where latents name the action, chance's if shuffled; still steps do not count."""
-    rng = np.random.default_rng(0)
-    actions, moved = rng.integers(4, size=400), rng.random(400) < 0.9
-    z = np.where(moved[:, None], 5 * np.eye(5)[actions], 5 * np.eye(5)[4]) + 0.1 * rng.normal(size=(400, 5))
-    clusters, nearest, purity, nmi = first_report.cluster(z, 5, actions, moved)
-    assert purity == 1 and nmi == pytest.approx(1) and sorted(clusters[nearest]) == [0, 1, 2, 3, 4]
-    _, _, purity, nmi = first_report.cluster(z, 5, rng.permutation(actions), moved)
-    assert purity < 0.4 and nmi < 0.1

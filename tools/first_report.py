@@ -21,6 +21,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
 
 from lapo_bc import get_windows, load_checkpoint, load_dataset, refuse
+from lapo_decode import load_labels
 from tools.inspect_latents import COLORS, GREY, MARKERS, plot_points, purity, tile, to_pixels, without_axes
 from tools.loading import action_names, encode, load_lapo, write_whole
 
@@ -115,7 +116,7 @@ def main(args):
 
     # latents, their clusters, and which action each of them is
     t = np.random.default_rng(0).permutation(test.windows)[:1024]
-    actions = test.labels("actions")[t]
+    actions = load_labels(test, "actions")[t]
     names = NAMES.get(args.env_id) or action_names(data)
     A = len(names)
     moved = (test[t] != test[t + 1]).any((1, 2, 3))  # (n,)

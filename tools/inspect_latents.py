@@ -40,7 +40,7 @@ from sklearn.utils.class_weight import compute_sample_weight
 from tqdm import tqdm
 
 from lapo_bc import get_windows, load_checkpoint, load_dataset, refuse
-from lapo_decode import evaluate, make_env
+from lapo_decode import evaluate, load_labels, make_env
 from lapo_pretrain import FDM, other_windows, scheduled_rate
 from tools.loading import (
     ACTIONS,
@@ -675,8 +675,8 @@ def main(args):
     path = args.pretrain_checkpoint or stage_folder(args, "lapo_pretrain") / "checkpoint.pt"
     pretrained = load_checkpoint(path, "lapo_pretrain", args.env_id)
     data, train, test = load_dataset(args)
-    actions_train = train.labels("actions")  # (N,), -1: no label; None: there is no file
-    actions_test = test.labels("actions")
+    actions_train = load_labels(train, "actions")  # (N,), -1: no label; None: there is no file
+    actions_test = load_labels(test, "actions")
     labelled = actions_train is not None and actions_test is not None
     if labelled:  # own videos may have labels in one split alone
         labelled = bool((actions_train >= 0).any() and (actions_test >= 0).any())

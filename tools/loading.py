@@ -57,7 +57,7 @@ def new_lapo(p):
     """IDM, VQ and FDM as pretraining with the arguments p begins with them, on the CPU."""
     torch.manual_seed(p["seed"])
     latent_dim = p["vq_num_codebooks"] * p["vq_num_slots"] * p["vq_dim"]
-    idm = IDM(p["idm_scale"], latent_dim, p["patch_size"], p["idm_differences"])
+    idm = IDM(p["idm_scale"], latent_dim, p["patch_size"])
     vq = None
     if p["vq"]:
         sizes = [p[f"vq_{name}"] for name in ("num_codebooks", "num_slots", "dim", "num_codes")]
@@ -80,7 +80,7 @@ def load_idm(cloned, device):
     """The IDM in a checkpoint of lapo_bc.py, frozen."""
     p = cloned["pretrain_args"]
     latent_dim = len(cloned["idm"]["head.bias"])
-    idm = IDM(p["idm_scale"], latent_dim, p["patch_size"], p["idm_differences"])
+    idm = IDM(p["idm_scale"], latent_dim, p["patch_size"])
     idm.load_state_dict(cloned["idm"])
     return idm.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 

@@ -31,7 +31,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from lapo_bc import load_checkpoint, load_dataset, refuse
-from lapo_decode import make_env
+from lapo_decode import load_labels, make_env
 from tools.inspect_latents import group_latents, to_floats, to_pixels
 from tools.loading import ACTIONS, MOVES, STAY, action_names, encode, load_lapo, stage_folder
 
@@ -295,7 +295,7 @@ def make_game(args):
     lapo = load_lapo(pretrained, "cpu")
     actions = None
     if args.num_labels:
-        actions = train.labels("actions")
+        actions = load_labels(train, "actions")
     keys, groups = choose_keys(lapo, train, actions, args)
 
     # several threads wait for each other longer than they work

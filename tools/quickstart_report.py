@@ -16,6 +16,7 @@ import torch
 import tyro
 
 from lapo_bc import get_windows, load_checkpoint, load_dataset, refuse
+from lapo_decode import load_labels
 from tools.inspect_latents import GREY, plot_by_action, tile, to_pixels
 from tools.loading import action_names, encode, load_lapo, write_whole
 
@@ -102,7 +103,7 @@ def plot_predictions(ax, lapo, frames, t):
     apart = max(1, len(t) // 48)
     chosen = t[order][::apart][:12]
     windows = get_windows(frames, chosen, "cpu")
-    prediction, _, _ = lapo(windows, windows)
+    prediction, _, _ = lapo(windows)
     now = windows[:, 3:6]
     true = windows[:, 6:]
     error = (prediction - true).abs() * 2 - 0.5
@@ -132,7 +133,7 @@ def main(args):
     path = runs / f"{args.env_id}__lapo_pretrain__{args.seed}" / "checkpoint.pt"
     lapo = load_lapo(load_checkpoint(path, "lapo_pretrain", args.env_id), "cpu")
     t = np.sort(np.random.default_rng(0).permutation(test.windows)[:2048])
-    labels = test.labels("actions")
+    labels = load_labels(test, "actions")
     if labels is not None:
         labels = labels[t]
 

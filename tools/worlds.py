@@ -15,7 +15,7 @@ from PIL import Image
 
 
 class Worlds:
-    """Gymnasium worlds with discrete actions, in step, with the interface of Procgen's games: seen as drawn.
+    """Gymnasium worlds with discrete actions, in step, with the interface of Procgen's games.
 
     An episode has a key, which gives its level, that is the seed of its reset, and the key of the next one. A
     world's state is the key and the actions since. On FrozenLake a level is a map; one starts anywhere there.
@@ -70,8 +70,8 @@ class Worlds:
                 self.over[e] = terminated or truncated
 
     def observe(self):
-        pictures = [Image.fromarray(env.render()).resize((64, 64), Image.BOX) for env in self.envs]
-        return self.reward.copy(), {"rgb": np.stack(pictures)}, self.first.copy()
+        pictures = np.stack([draw(env) for env in self.envs])
+        return self.reward.copy(), {"rgb": pictures}, self.first.copy()
 
     def callmethod(self, name, states=()):
         """set_state takes every world's state; both it and get_state give them."""
@@ -82,6 +82,16 @@ class Worlds:
 
     def close(self):
         """Leaves gymnasium's worlds open: closing them would end pygame, for others too."""
+
+
+def draw(env):
+    """What a world shows, (64, 64, 3); FrozenLake as Procgen draws: the hero in the middle of 7 x 7 cells."""
+    picture = env.render()
+    if "Lake" in env.spec.id:
+        row, column = divmod(int(env.unwrapped.s), 4)
+        picture = np.pad(picture, ((96, 96), (96, 96), (0, 0)))  # 3 black cells of 32 pixels around the map
+        picture = picture[32 * row : 32 * row + 224, 32 * column : 32 * column + 224]
+    return np.asarray(Image.fromarray(picture).resize((64, 64), Image.BOX))
 
 
 def walk(lake, rng):
