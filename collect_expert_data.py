@@ -41,6 +41,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 FORMAT_VERSION = 5  # of checkpoints
+# progress: a bar in a terminal, a line a minute in a file
+BAR = {} if sys.stderr.isatty() else {"mininterval": 60, "bar_format": "{l_bar}{r_bar}\n"}
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -163,7 +165,7 @@ def collect(act, env, T, rng, folder):
     ended = []
     first = np.ones(E, dtype=bool)
     _, obs, _ = env.observe()
-    for t in tqdm(range(T), f"collect {folder.name}", unit="frame", unit_scale=E, disable=RANK > 0):
+    for t in tqdm(range(T), f"collect {folder.name}", unit="frame", unit_scale=E, disable=RANK > 0, **BAR):
         frames[:, t] = obs["rgb"]
         firsts[:, t] = first
         action = act(env, obs["rgb"], rng)  # (E,) int32

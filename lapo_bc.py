@@ -39,6 +39,8 @@ from tqdm import tqdm
 FORMAT_VERSION = 5  # of checkpoints
 SAVE_SECONDS = 60  # between the states from which an interrupted run goes on
 PLACES = ("data_dir", "pretrain_checkpoint", "runs_dir", "overwrite", "cuda")  # no arguments of the method
+# progress: a bar in a terminal, a line a minute in a file
+BAR = {} if sys.stderr.isatty() else {"mininterval": 60, "bar_format": "{l_bar}{r_bar}\n"}
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -157,7 +159,7 @@ def get_windows(frames, t, device):
 def label(idm, frames, t, device, autocast):
     """The latent actions (n, latent_dim) that the IDM sees in the windows around t (n,), on the CPU."""
     latents = []
-    for batch in tqdm(np.split(t, range(512, len(t), 512)), "label", unit="batch", disable=RANK > 0):
+    for batch in tqdm(np.split(t, range(512, len(t), 512)), "label", unit="batch", disable=RANK > 0, **BAR):
         with autocast:
             z = idm(get_windows(frames, batch, device))
         latents.append(z.cpu())
@@ -246,7 +248,7 @@ def main(args):
         writer = SummaryWriter(folder, purge_step=done + 1)
     saved = time.time()
     updates = range(done + 1, args.num_updates + 1)
-    progress = tqdm(updates, "clone", args.num_updates, initial=done, disable=RANK > 0)
+    progress = tqdm(updates, "clone", args.num_updates, initial=done, disable=RANK > 0, **BAR)
     for step in progress:
         # draws that depend on the step alone: a resumed run draws what an uninterrupted one does
         rng = np.random.default_rng([args.seed, step, RANK])
@@ -277,7 +279,7 @@ def main(args):
                 writer.add_scalar(name, value, step)
             curve.append({"update": step, "train/latent_mse": loss.item(), **metrics})
             explained, rank = metrics["test/r2"], metrics["test/effective_rank"]
-            progress.set_postfix_str(f"test R² {explained:.3f}, effective rank {rank:.1f}")
+            progress.set_postfix_str(f"test R² {explained:.3f}, effective rank {rank:.1f}", refresh=False)
         if RANK == 0 and time.time() - saved > SAVE_SECONDS:
             check_finite(policy, step)
             state = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict()}

@@ -38,6 +38,8 @@ from tqdm import tqdm
 
 FORMAT_VERSION = 5  # of checkpoints
 PLACES = ("data_dir", "bc_checkpoint", "runs_dir", "overwrite", "cuda")  # no arguments of the method
+# progress: a bar in a terminal, a line a minute in a file
+BAR = {} if sys.stderr.isatty() else {"mininterval": 60, "bar_format": "{l_bar}{r_bar}\n"}
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -295,7 +297,9 @@ def main(args):
         z = apply_to_windows(idm, train, t, device, autocast)  # (n, latent_dim)
 
         policies = []
-        for n, method in tqdm(plan, f"draw {draw + 1} of {args.num_draws}: fit", unit="policy", leave=False):
+        for n, method in tqdm(
+            plan, f"draw {draw + 1} of {args.num_draws}: fit", unit="policy", leave=False, **BAR
+        ):
             if method == "lapo_decoder":
                 decoder = fit_lapo_decoder(policy, z[:n], labels[:n], num_actions, args)
                 policies.append(nn.Sequential(policy, decoder))
@@ -356,7 +360,7 @@ def evaluate(policy, env, num_episodes, generator):
     episode = np.arange(env.num)  # the one that each env plays
     running = np.zeros(env.num)
     returns = np.full(num_episodes, np.nan)
-    progress = tqdm(total=num_episodes, desc="play", unit="episode", leave=False)
+    progress = tqdm(total=num_episodes, desc="play", unit="episode", leave=False, **BAR)
     _, frames, _ = env.observe()
     while np.isnan(returns).any():
         playing = np.flatnonzero(episode < num_episodes)

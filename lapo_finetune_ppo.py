@@ -41,6 +41,8 @@ from tqdm import tqdm
 FORMAT_VERSION = 5  # of checkpoints
 SAVE_SECONDS = 60  # between the states from which an interrupted run goes on
 PLACES = ("bc_checkpoint", "runs_dir", "overwrite", "cuda")  # no arguments of the method
+# progress: a bar in a terminal, a line a minute in a file
+BAR = {} if sys.stderr.isatty() else {"mininterval": 60, "bar_format": "{l_bar}{r_bar}\n"}
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -397,7 +399,7 @@ def main(args):
     episode_return = np.zeros(E)
     saved = time.time()
     iterations = range(done, num_iterations)
-    progress = tqdm(iterations, "PPO", num_iterations, initial=done, disable=RANK > 0)
+    progress = tqdm(iterations, "PPO", num_iterations, initial=done, disable=RANK > 0, **BAR)
     for iteration in progress:
         for part in optimizer.param_groups:
             part["lr"] = scheduled_rate(iteration * batch_size, part, args)
@@ -478,7 +480,7 @@ def main(args):
                 mean_return = float(np.mean(episode_returns))
                 curve.append((step, mean_return))
                 writer.add_scalar("charts/episodic_return", mean_return, step)
-                progress.set_postfix_str(f"return {mean_return:.2f}")
+                progress.set_postfix_str(f"return {mean_return:.2f}", refresh=False)
             writer.add_scalar("charts/SPS", step / (time.time() - began), step)
             for part in optimizer.param_groups:
                 writer.add_scalar(f"charts/learning_rate_{part['name']}", part["lr"], step)
@@ -569,7 +571,7 @@ def evaluate(policy, env, num_episodes, device):
     episode = np.arange(env.num)  # the one that each env plays
     running = np.zeros(env.num)
     returns = np.full(num_episodes, np.nan)
-    progress = tqdm(total=num_episodes, desc="play", unit="episode", leave=False)
+    progress = tqdm(total=num_episodes, desc="play", unit="episode", leave=False, **BAR)
     _, frames, _ = env.observe()
     while np.isnan(returns).any():
         logits = policy(torch.tensor(frames["rgb"], device=device))

@@ -44,6 +44,8 @@ from tqdm import tqdm
 FORMAT_VERSION = 5  # of checkpoints
 SAVE_SECONDS = 60  # between the states from which an interrupted run goes on
 PLACES = ("data_dir", "runs_dir", "overwrite", "cuda")  # no arguments of the method
+# progress: a bar in a terminal, a line a minute in a file
+BAR = {} if sys.stderr.isatty() else {"mininterval": 60, "bar_format": "{l_bar}{r_bar}\n"}
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -343,7 +345,7 @@ def main(args):
         writer = SummaryWriter(folder, purge_step=done + 1)
     saved = time.time()
     updates = range(done + 1, args.num_updates + 1)
-    progress = tqdm(updates, "pretrain", args.num_updates, initial=done, disable=RANK > 0)
+    progress = tqdm(updates, "pretrain", args.num_updates, initial=done, disable=RANK > 0, **BAR)
     for step in progress:
         # draws that depend on the step alone: a resumed run draws what an uninterrupted one does
         rng = np.random.default_rng([args.seed, step, RANK])
@@ -380,7 +382,7 @@ def main(args):
                 writer.add_scalar(name, value, step)
             curve.append({"update": step, "train/fdm_loss": fdm_loss.item(), **metrics})
             shown = {name.split("/")[1]: f"{value:.3g}" for name, value in metrics.items()}
-            progress.set_postfix(shown)
+            progress.set_postfix(shown, refresh=False)
             if metrics["test/idm_active_share"] == 0:  # no gradient will open its last ReLU again
                 refuse(f"the IDM is dead at update {step}: a lower --learning-rate may save it")
         if RANK == 0 and time.time() - saved > SAVE_SECONDS:
@@ -400,6 +402,9 @@ def main(args):
         cost = curve[-1]["test/other_latent_cost"]
         if cost < 0.2:
             print(f"The FDM hardly uses latents yet (other_latent_cost {cost:.0%}): more updates may help")
+        collapsed = [name for name, value in curve[-1].items() if "perplexity" in name and value < 2]
+        if collapsed:
+            print(f"Hardly more than one code in use ({', '.join(collapsed)}): try more slots, or --no-vq")
         print(f"next: python lapo_bc.py --env-id {args.env_id} --runs-dir {args.runs_dir}")
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
@@ -416,13 +421,14 @@ def evaluate(lapo, test, num_windows, device, autocast):
     episode = np.cumsum(test.first)[t]
     rows = []  # of each window, three losses and the share of active units
     latents = []
+    perplexities = []
     lapo.eval()
     for i in np.split(np.arange(len(t)), range(512, len(t), 512)):
         windows = get_windows(test, t[i], device)
         frames = windows[:, :6]
         target = windows[:, 6:]
         with autocast:
-            z, quantised, _, _ = lapo.encode(windows)
+            z, quantised, _, perplexity = lapo.encode(windows)
             prediction = lapo.fdm(frames, quantised)
             other = lapo.fdm(frames, quantised[other_windows(episode[i])])
             units = lapo.idm.network.conv(windows)
@@ -431,6 +437,7 @@ def evaluate(lapo, test, num_windows, device, autocast):
         active = (units > 0).float().mean(1)
         rows.append(torch.stack([*losses, active]))
         latents.append(z)
+        perplexities.append(perplexity)
     lapo.train()
     fdm_loss, copy_loss, other_loss, active_share = torch.cat(rows, dim=1).mean(1).tolist()
     metrics = {
@@ -439,6 +446,8 @@ def evaluate(lapo, test, num_windows, device, autocast):
         "test/other_latent_cost": other_loss / fdm_loss - 1,
         "test/idm_active_share": active_share,  # 0: dead, latents all the same
     }
+    for n, codes in enumerate(torch.stack(perplexities).mean(0).tolist()):
+        metrics[f"test/perplexity_{n}"] = codes  # of codebook n, 1: one code for all windows
     actions = load_labels(test, "actions")
     if actions is not None and (actions[t] >= 0).sum() > 1:
         z = torch.cat(latents).cpu().numpy()  # (n, latent_dim)

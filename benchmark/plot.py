@@ -25,7 +25,8 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parent.parent
 
 ONLINE = ("rl_sl", "rl_no_sl", "no_vq", "ppo_from_scratch")
-OFFLINE = ("cloning_from_scratch", "vpt", "lapo_decoder", "vpt_lapo")
+OFFLINE = ("cloning_from_scratch", "vpt", "lapo_decoder", "vpt_lapo", "vpt_lapo_raw")
+PAPERS_STAR = "the paper's share at 8,192 labels (its return, of its expert's)"
 LOOKS = {  # name, colour (Okabe and Ito: survives colour blindness), marker
     "rl_sl": ("LAPO: RL + online decoder", "#0072B2", "o"),
     "rl_no_sl": ("LAPO: RL, no decoder", "#56B4E9", "s"),
@@ -35,6 +36,7 @@ LOOKS = {  # name, colour (Okabe and Ito: survives colour blindness), marker
     "vpt": ("VPT from scratch", "#E69F00", "P"),
     "lapo_decoder": ("LAPO, the paper's decoder", "#0072B2", "o"),
     "vpt_lapo": ("ours: VPT from LAPO", "#009E73", "X"),
+    "vpt_lapo_raw": ("ours, of raw latents (three seeds)", "#CC79A7", "v"),
     "random": ("random", "#999999", None),
     "demonstrator": ("demonstrator", "#333333", None),
 }
@@ -198,6 +200,15 @@ def save(fig, path, caption):
     fig.savefig(path, dpi=110, bbox_inches="tight")
 
 
+def share_legend(fig, axes):
+    """One legend over all panels, of what any of them shows."""
+    entries = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels()):
+            entries.setdefault(label, handle)
+    fig.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=4, fontsize=11)
+
+
 def draw_ends(ax, low, high, at_random=None, demonstrator=None):
     """Lines for random play and the demonstrator, and what to call them."""
     ax.axhline(high, color=LOOKS["demonstrator"][1], ls="--", lw=1.2, label=demonstrator)
@@ -224,7 +235,7 @@ def two_axes(ax, scores, env_id):
     """Lines for random play and the demonstrator, and the paper's second axis: 0 random, 1 demonstrator."""
     low = scores.random[env_id]
     high = scores.demonstrator[env_id]
-    draw_ends(ax, low, high, f"random ({low:.1f})", f"demonstrator ({high:.1f})")
+    draw_ends(ax, low, high, "random play", "demonstrator")
     functions = (lambda y: (y - low) / (high - low)), (lambda y: y * (high - low) + low)
     ax.secondary_yaxis("right", functions=functions).set_ylabel("share of the demonstrator's")
     ax.set_title(env_id)
@@ -262,15 +273,15 @@ def plot_online(curves, scores, path):
             thousands = found[0] / 1000
             y = found[1]  # (seeds, frames)
             label, color, _ = LOOKS[method]
-            ax.plot(thousands, y.mean(0), lw=2, color=color, label=f"{label} (seeds: {len(y)})", zorder=3)
+            ax.plot(thousands, y.mean(0), lw=2, color=color, label=label, zorder=3)
             ax.fill_between(thousands, y.min(0), y.max(0), color=color, alpha=0.18, lw=0)
             over_games[method].append((thousands, scores.relative(env_id, y.mean(0))))
         two_axes(ax, scores, env_id)
-        ax.set_title(f"{env_id} (band: lowest to highest seed)")
         ax.set_xlabel("thousand frames")
-        ax.legend(fontsize=7)
     plot_online_mean(axes[-1], over_games, len(games))
-    text = "Online: return of the last 100 training episodes (fewer at the very start). "
+    share_legend(fig, axes)
+    text = "Online: return of the last 100 training episodes; band: lowest to highest seed. "
+    text += "Up to about 64 thousand frames only episodes that end early count.\n"
     save(fig, path, text + "Do LAPO's lines rise sooner than the orange one?")
 
 
@@ -282,12 +293,10 @@ def plot_online_mean(ax, over_games, num_games):
             shares = [np.interp(x, *line) for line in lines]
             label, color, _ = LOOKS[method]
             ax.plot(x, np.mean(shares, axis=0), lw=2, color=color, label=label)
-            ax.plot([], [], " ", label=f"   (paper, 4M frames: {PAPER_SHARES[method]:.2f})")
     draw_ends(ax, 0, 1)
     ax.set_title(f"mean of the games ({num_games})")
     ax.set_xlabel("thousand frames")
     ax.set_ylabel("share of the demonstrator's return above random")
-    ax.legend(fontsize=7)
 
 
 def paper_share(env_id, value):
@@ -309,19 +318,19 @@ def plot_offline(scores, offline, path):
             if not counts:
                 continue
             intervals = [scores.interval(env_id, method, n) for n in counts]
-            look = style(method)
-            look["label"] += f" (seeds: {intervals[-1][3]})"
-            draw_intervals(ax, counts, intervals, i, lw=1.8, ms=5, elinewidth=0.8, **look)
+            draw_intervals(ax, counts, intervals, i, lw=1.8, ms=5, elinewidth=0.8, **style(method))
         two_axes(ax, scores, env_id)
         paper, _ = PAPER_RETURNS[env_id]
         _, expert = PAPER_SCORES[env_id]
         low = scores.random[env_id]
         high = scores.demonstrator[env_id]
         here = low + paper_share(env_id, paper) * (high - low)
-        label = f"the paper's share at 8,192 labels ({paper:g} of {expert:.1f})"
-        ax.plot([8192], [here], "*", ms=13, mfc="none", mec=LOOKS["lapo_decoder"][1], label=label)
+        ax.plot([8192], [here], "*", ms=13, mfc="none", mec=LOOKS["lapo_decoder"][1], label=PAPERS_STAR)
+        ax.annotate(
+            f"{paper:g} of {expert:.1f}", (8192, here), (-8, 6), textcoords="offset points", ha="right"
+        )
         count_labels(ax)
-        ax.legend(fontsize=7)
+    share_legend(fig, axes)
     text = "Offline: what labels buy. Bars: 95% bootstrap over seeds, draws of the labels and episodes. "
     save(fig, path, text + "Look for where the lines stop rising.")
 

@@ -199,9 +199,12 @@ def test_evaluation_on_test_windows(pipeline):
         own, other = (F.mse_loss(lapo.fdm(windows[:, :6], x), target).item() for x in (z, z[order]))
         active = (lapo.idm.network.conv(windows) > 0).float().mean().item()
         probe = pretrain.linear_probe(lapo.idm(windows).numpy(), pretrain.load_labels(test, "actions")[t])
-    wanted = [own, F.mse_loss(now, target).item(), other / own - 1, active, probe]
+        perplexity = lapo.vq(lapo.idm(windows))[3].tolist()
+    wanted = [own, F.mse_loss(now, target).item(), other / own - 1, active, probe, *perplexity]
     names = "test/fdm_loss", "test/copy_last_frame_loss", "test/other_latent_cost", "test/idm_active_share"
-    found = [found[name] for name in (*names, "probe/balanced_accuracy")]
+    found = [
+        found[name] for name in (*names, "probe/balanced_accuracy", "test/perplexity_0", "test/perplexity_1")
+    ]
     assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6) and 0.1 < active < 1 and abs(wanted[2]) > 2e-5
 
 

@@ -121,3 +121,4 @@ def test_torchrun(pipeline, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout.count("wrote runs/") == 1, done.stderr
     assert load(folder / "checkpoint.pt")["processes"] == 2
+    assert 0 < done.stderr.count("pretrain:") <= 3  # no bar in a file: a line a minute

@@ -243,6 +243,12 @@ def test_online_decoder_sees_aligned_transitions_of_one_episode(work, monkeypatc
     assert all(action in action_of[window_of[x.numpy().tobytes()]] for x, action in zip(z, a))
 
 
+def test_a_collapsed_codebook(work, capsys):
+    """A run that ends with one code in use says so."""
+    inline(work, "lapo_pretrain", *TOY["lapo_pretrain"], "--vq-num-codes", "1", "--overwrite")
+    assert "one code in use (test/perplexity_0, test/perplexity_1)" in capsys.readouterr().out
+
+
 def test_labels_are_not_needed_for_learning(pipeline, tmp_path):
     """Without actions, rewards and returns on disk, stages 2 and 3 end in the same tensors, bit for bit."""
     link_tree(pipeline.data, tmp_path / "data" / ENV_ID)
