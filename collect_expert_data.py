@@ -187,7 +187,7 @@ def collect(act, env, T, rng, folder):
 def main(args):
     device, autocast = start(args)
     if args.demonstrator == "ppo":
-        default = f"{args.runs_dir}/{args.env_id}__ppo_procgen__{args.seed}/checkpoint.pt"
+        default = run_folder(args, "ppo_procgen") / "checkpoint.pt"
         expert = load_checkpoint(args.expert_checkpoint or default, "ppo_procgen", args.env_id)
         act = load_agent(expert, device, autocast)
     else:
@@ -299,7 +299,7 @@ def make_env(env_id, num_envs, num_levels, start_level, seed):
 
     Procgen's, easy mode. Small worlds, and Procgen's games from Python 3.13 on, are of tools/worlds.py.
     """
-    if sys.version_info < (3, 13) and env_id not in gymnasium.registry:
+    if sys.version_info < (3, 13) and env_id not in gymnasium.registry and ":" not in env_id:
         import gym_notices.notices
 
         gym_notices.notices.notices.clear()  # else the next import prints four lines about gym's future
@@ -356,10 +356,15 @@ def start(args):
     return device, torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
 
 
+def run_folder(args, name):
+    """RUNS_DIR/ENV_ID__NAME__SEED: one folder, also of a world whose name has a slash."""
+    return Path(args.runs_dir) / f"{args.env_id}__{name}__{args.seed}".replace("/", "-")
+
+
 def open_folders(args):
     """The run folder and the dataset's, these processes' until they end; and where this one writes."""
-    folder = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
-    data_dir = Path(args.data_dir or f"data/{args.env_id}")
+    folder = run_folder(args, args.exp_name)
+    data_dir = Path(args.data_dir or f"data/{args.env_id.replace('/', '-')}")
     metas = list(data_dir.glob("meta.json")) + list(data_dir.glob("shard-*/meta.json"))
     if not args.overwrite:
         if (folder / "results.json").exists():

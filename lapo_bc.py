@@ -205,7 +205,7 @@ def scheduled_rate(step, args):
 
 def main(args):
     device, autocast = start(args)
-    default = f"{args.runs_dir}/{args.env_id}__lapo_pretrain__{args.seed}/checkpoint.pt"
+    default = run_folder(args, "lapo_pretrain") / "checkpoint.pt"
     pretrained = load_checkpoint(args.pretrain_checkpoint or default, "lapo_pretrain", args.env_id)
     data, train, test = load_dataset(args)
     folder, resumed = open_folder(args)
@@ -348,7 +348,7 @@ class Frames:
 
 def load_dataset(args):
     """meta.json (of the first shard), and the Frames of the train and the test split."""
-    data_dir = Path(args.data_dir or f"data/{args.env_id}")
+    data_dir = Path(args.data_dir or f"data/{args.env_id.replace('/', '-')}")
     shards = sorted(data_dir.glob("shard-*")) or [data_dir]
     try:
         meta = json.loads((shards[0] / "meta.json").read_text())  # written last
@@ -402,9 +402,14 @@ def start(args):
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
+def run_folder(args, name):
+    """RUNS_DIR/ENV_ID__NAME__SEED: one folder, also of a world whose name has a slash."""
+    return Path(args.runs_dir) / f"{args.env_id}__{name}__{args.seed}".replace("/", "-")
+
+
 def open_folder(args):
     """The run folder, this process's until it ends, and the state of an unfinished run in it, else {}."""
-    folder = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
+    folder = run_folder(args, args.exp_name)
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")

@@ -259,7 +259,7 @@ def fit_cloning(policy, obs, actions, args, autocast):
 
 def main(args):
     device, autocast = start(args)
-    default = f"{args.runs_dir}/{args.env_id}__lapo_bc__{args.seed}/checkpoint.pt"
+    default = run_folder(args, "lapo_bc") / "checkpoint.pt"
     cloned = load_checkpoint(args.bc_checkpoint or default, "lapo_bc", args.env_id)
     data, train, actions, labelled = load_labelled_frames(args)
     folder, resumed = open_folder(args)
@@ -333,7 +333,7 @@ def make_env(env_id, num_envs, num_levels, start_level, seed):
 
     Procgen's, easy mode. Small worlds, and Procgen's games from Python 3.13 on, are of tools/worlds.py.
     """
-    if sys.version_info < (3, 13) and env_id not in gymnasium.registry:
+    if sys.version_info < (3, 13) and env_id not in gymnasium.registry and ":" not in env_id:
         import gym_notices.notices
 
         gym_notices.notices.notices.clear()  # else the next import prints four lines about gym's future
@@ -475,7 +475,7 @@ def load_labels(frames, name):
 
 def load_dataset(args):
     """meta.json (of the first shard), and the Frames of the train and the test split."""
-    data_dir = Path(args.data_dir or f"data/{args.env_id}")
+    data_dir = Path(args.data_dir or f"data/{args.env_id.replace('/', '-')}")
     shards = sorted(data_dir.glob("shard-*")) or [data_dir]
     try:
         meta = json.loads((shards[0] / "meta.json").read_text())  # written last
@@ -552,9 +552,14 @@ def start(args):
     return device, torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
 
 
+def run_folder(args, name):
+    """RUNS_DIR/ENV_ID__NAME__SEED: one folder, also of a world whose name has a slash."""
+    return Path(args.runs_dir) / f"{args.env_id}__{name}__{args.seed}".replace("/", "-")
+
+
 def open_folder(args, places=PLACES):
     """The run folder, this process's until it ends, and the state of an unfinished run in it, else {}."""
-    folder = Path(args.runs_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}"
+    folder = run_folder(args, args.exp_name)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     atexit.register(lock.release)  # it is held as long as something refers to it

@@ -6,7 +6,7 @@ import json
 import gymnasium
 import numpy as np
 import pytest
-from conftest import ENV_ID, ENV_NAMES, ROOT, TOY, inline, load, ppo, refusal, replace, results_of
+from conftest import ENV_ID, ENV_NAMES, ROOT, TOY, collect, inline, load, ppo, refusal, replace, results_of
 from gymnasium.envs.toy_text.frozen_lake import generate_random_map
 from PIL import Image
 
@@ -119,6 +119,35 @@ def test_all_stages_in_a_small_world(tmp_path):
     for stage in ("ppo_procgen", "lapo_finetune_ppo"):
         assert len(load(agents[stage])["agent"]["actor.bias"]) == 4
     assert len([*load(agents["lapo_decode"])["decoder"].values()][-1]) == 4
+
+
+@pytest.mark.parametrize("env_id", ["minigrid:MiniGrid-Empty-5x5-v0", "ale_py:ALE/Breakout-v5"])
+def test_worlds_of_other_packages(tmp_path, env_id):
+    """gymnasium's MODULE:NAME plays in all stages; a slash in it makes no second folder."""
+    flags = (
+        f"--env-id {env_id} --no-cuda --num-envs 4 --total-timesteps 64 --num-steps 8 --scale 0.25".split()
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "evaluate", lambda *_: np.ones(2))  # episodes are long there
+        inline(tmp_path, "ppo_procgen", *flags, "--patch-size", "4", "--num-minibatches", "4")
+    flags = f"--env-id {env_id} --no-cuda --num-envs 4 --num-train-frames 64 --num-test-frames 40"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collect, "play_at_random", lambda *_: np.zeros(2))
+        inline(tmp_path, "collect_expert_data", *flags.split())
+    for stage in ("lapo_pretrain", "lapo_bc"):
+        inline(tmp_path, stage, *(flag.replace(ENV_ID, env_id) for flag in TOY[stage]))
+    name = env_id.replace("/", "-")
+    runs = {f"{name}__{s}__1" for s in ("ppo_procgen", "collect_expert_data", "lapo_pretrain", "lapo_bc")}
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == runs
+    frames = np.load(tmp_path / "data" / name / "train" / "frames.npy")
+    assert frames.shape == (64, 64, 64, 3) and frames.std() > 10
+
+
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "nowhere:World-v0", "minigrid:World-v0"])
+def test_worlds_that_cannot_be_played(tmp_path, env_id):
+    """Continuous actions, packages and worlds that are not there: one sentence that names the flag."""
+    assert f"--env-id {env_id}" in refusal(tmp_path, "ppo_procgen", "--env-id", env_id)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_scores_of_what_nobody_can_play(work):

@@ -487,8 +487,9 @@ def plot_points(ax, z, kind, names, colors, markers):
             label=f"{names[k]} ({counts[k] / len(z):.1%})",
         )
     low, high = np.percentile(xy, [0.2, 99.8], axis=0)  # (2,) each
-    ax.set_xlim(low[0] - 1e-6, high[0] + 1e-6)
-    ax.set_ylim(low[1] - 1e-6, high[1] + 1e-6)
+    margin = 0.06 * (high - low) + 1e-6
+    ax.set_xlim(low[0] - margin[0], high[0] + margin[0])
+    ax.set_ylim(low[1] - margin[1], high[1] + margin[1])
     ax.set_xlabel(f"1st principal component ({share[0]:.0%} of the variance)")
     ax.set_ylabel(f"2nd principal component ({share[1]:.0%})")
     ax.legend(fontsize=9, markerscale=1.5, ncol=3, loc="upper center", bbox_to_anchor=(0.5, -0.12))

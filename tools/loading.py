@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from gymnasium import registry
 
-from lapo_bc import LatentPolicy, get_windows, load_checkpoint, refuse
+from lapo_bc import LatentPolicy, get_windows, load_checkpoint, refuse, run_folder
 from lapo_decode import Decoder
 from lapo_finetune_ppo import FinetunedAgent
 from lapo_pretrain import FDM, IDM, LAPO, VQ
@@ -50,7 +50,7 @@ def autocast_of(bf16, device):
 
 def stage_folder(args, stage):
     """Where the run of a stage lies that has its default name."""
-    return Path(args.runs_dir) / f"{args.env_id}__{stage}__{args.seed}"
+    return run_folder(args, stage)
 
 
 def new_lapo(p):

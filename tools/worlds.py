@@ -13,10 +13,13 @@ import numpy as np
 from gymnasium.envs.toy_text.frozen_lake import generate_random_map
 from PIL import Image
 
+LAKE = "FrozenLake-v1"
+
 
 class Worlds:
     """Gymnasium worlds with discrete actions, in step, with the interface of Procgen's games.
 
+    MODULE:NAME is a world of another package, as gymnasium names it: minigrid:MiniGrid-Empty-5x5-v0.
     An episode has a key, which gives its level, that is the seed of its reset, and the key of the next one. A
     world's state is the key and the actions since. On FrozenLake a level is a map; one starts anywhere there.
     An episode's last picture is shown as well: the action taken on it only begins the next one.
@@ -29,7 +32,7 @@ class Worlds:
         self.start_level = start_level
         self.num_levels = num_levels or 2**31 - 1 - start_level
         self.envs = [self.make() for _ in range(num)]
-        self.num_actions = int(self.envs[0].action_space.n)
+        self.num_actions = count_actions(self.envs[0])
         self.past = [None] * num  # of each world [key, action, action, ...]
         self.reward = np.zeros(num)
         self.over = np.zeros(num, dtype=bool)  # the picture is its episode's last one
@@ -39,18 +42,21 @@ class Worlds:
             self.begin(e, key)
 
     def make(self, **options):
-        return gymnasium.make(self.env_id, render_mode="rgb_array", disable_env_checker=True, **options)
+        try:
+            return gymnasium.make(self.env_id, render_mode="rgb_array", disable_env_checker=True, **options)
+        except (gymnasium.error.Error, ImportError) as e:
+            sys.exit(f"error: --env-id {self.env_id} cannot be made ({e}): see gymnasium.pprint_registry()")
 
     def begin(self, e, key, *actions):
         """The e-th world's episode of a key, after these actions."""
         self.past[e] = [key, *actions]
         level = self.start_level + key % self.num_levels
-        if "Lake" in self.env_id:
+        if self.env_id == LAKE:
             rows = [list(row) for row in generate_random_map(4, seed=level)]
             turned = ["".join(row) for row in np.rot90(rows, level)]
             self.envs[e] = self.make(desc=turned, is_slippery=False)
         self.envs[e].reset(seed=level)
-        if "Lake" in self.env_id:
+        if self.env_id == LAKE:
             walk(self.envs[e].unwrapped, np.random.default_rng(key))
         self.over[e] = False
         for action in actions:
@@ -84,10 +90,20 @@ class Worlds:
         """Leaves gymnasium's worlds open: closing them would end pygame, for others too."""
 
 
+def count_actions(env):
+    """How many actions a world has; ends the process if that is no number, or if the world draws nothing."""
+    space = env.action_space
+    if not isinstance(space, gymnasium.spaces.Discrete):
+        sys.exit(f"error: --env-id {env.spec.id} has actions {space}: expected one of n actions (Discrete)")
+    if "rgb_array" not in env.metadata.get("render_modes", []):
+        sys.exit(f"error: --env-id {env.spec.id} does not draw itself: expected the render mode rgb_array")
+    return int(space.n)
+
+
 def draw(env):
     """What a world shows, (64, 64, 3); FrozenLake as Procgen draws: the hero in the middle of 7 x 7 cells."""
     picture = env.render()
-    if "Lake" in env.spec.id:
+    if env.spec.id == LAKE:
         row, column = divmod(int(env.unwrapped.s), 4)
         picture = np.pad(picture, ((96, 96), (96, 96), (0, 0)))  # 3 black cells of 32 pixels around the map
         picture = picture[32 * row : 32 * row + 224, 32 * column : 32 * column + 224]
@@ -179,10 +195,10 @@ class ProcgenWorlds:
 
 
 # demonstrators of collect_expert_data.py: rule(env, obs, rng) -> actions (E,)
-RULES = {("FrozenLake-v1", "value_iteration"): value_iteration, ("CartPole-v1", "linear_rule"): linear_rule}
+RULES = {(LAKE, "value_iteration"): value_iteration, ("CartPole-v1", "linear_rule"): linear_rule}
 
 
 def make_worlds(env_id, num_envs, num_levels, start_level, seed):
     """A gymnasium world, or one of procgen-gym's games: Procgen's, easy mode, without gym and gym3."""
-    kind = Worlds if env_id in gymnasium.registry else ProcgenWorlds
+    kind = Worlds if env_id in gymnasium.registry or ":" in env_id else ProcgenWorlds
     return kind(env_id, num_envs, num_levels, start_level, seed)
