@@ -8,13 +8,26 @@ import re
 import threading
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import plot
 import pytest
 import torch
 import torch.nn.functional as F
 import tyro
-from conftest import ENV_ID, RUNS, TOY, inline, link_tree, load, pretrain, refusal, results_of, run_dir
+from conftest import (
+    ENV_ID,
+    RUNS,
+    TOY,
+    inline,
+    link_tree,
+    load,
+    pretrain,
+    refusal,
+    replace,
+    results_of,
+    run_dir,
+)
 from test_data import split_args
 
 from tools import inspect_latents, play_dream
@@ -98,11 +111,25 @@ def test_what_latents_are_worth(lapo, test):
     assert inspect_latents.variance_between(noise, groups) < 0.02
 
 
+@pytest.mark.parametrize("late", [0, 3, -2])
+def test_labels_that_are_late(late):
+    """Latents tell the label best where it was moved to, within episodes, and a sentence says so."""
+    rng = np.random.default_rng(0)
+    actions = rng.integers(4, size=600)
+    z = np.eye(4)[actions] + 0.1 * rng.normal(size=(600, 4))
+    found = inspect_latents.accuracy_by_shift(
+        z, np.arange(600), np.roll(actions, late), np.arange(600) // 200
+    )
+    assert found[late] > 0.95 and max(a for k, a in found.items() if k != late) < 0.5
+    words = {0: "aligned", 3: "3 frames late", -2: "2 frames early"}[late]
+    assert words in inspect_latents.say_shift(found)
+
+
 def test_report_stands_alone(report):
     """Every picture in the folder is in the report, byte for byte; it refers to nothing outside itself."""
     embedded = re.findall(r'src="data:image/(?:png|gif);base64,([^"]+)"', report.page)
-    names = "latents.png groups.png codebooks.png rollouts.gif rollouts.png error.png lapo_decode.gif".split()
-    names += ["lapo_finetune_ppo.gif"]
+    names = "latents.png groups.png codebooks.png shifts.png rollouts.gif rollouts.png error.png".split()
+    names += ["lapo_decode.gif", "lapo_finetune_ppo.gif"]
     found = {path.name for path in report.folder.iterdir()}
     assert found == {*names, "report.html", "results.json"}
     assert {base64.b64decode(x) for x in embedded} == {(report.folder / name).read_bytes() for name in names}
@@ -124,6 +151,30 @@ def test_report_without_labels_and_vq(pipeline, tmp_path):
     wanted = {"groups", "codebooks", "latent_space", "error", "lapo_decode", "lapo_finetune_ppo"}
     assert set(report.results["missing"]) == wanted and all(name in report.page for name in wanted)
     assert not (report.folder / "groups.png").exists()
+
+
+def test_a_table_of_latents(pipeline, tmp_path, lapo, test):
+    """A row a window: film, frame, the IDM's latent and its codes; a film's end may be the test split."""
+    cwd = link_tree(pipeline.cwd, tmp_path / "work")
+    meta = json.loads((cwd / "data" / ENV_ID / "meta.json").read_text())
+    meta["splits"]["train"]["films"] = {"a.mp4": 1500, "b.mp4": 500}
+    meta["splits"]["test"]["films"] = {"b.mp4": 400}
+    meta["args"]["every"] = 2
+    replace(cwd / "data" / ENV_ID / "meta.json", json.dumps(meta))
+    assert "c.mp4" in refusal(cwd, "tools/export_latents", "--env-id", ENV_ID, "--film", "c.mp4")
+    inline(cwd, "tools/export_latents", "--env-id", ENV_ID, "--film", "b.mp4", "--no-cuda")
+    folder = cwd / run_dir("export_latents")
+    table, found = rows(folder / "latents.csv"), np.load(folder / "latents.npz")
+    own = found["split"] == "test"
+    assert len(table) == len(own) and own.sum() == len(test.windows) and set(found["film"][own]) == {"b.mp4"}
+    assert np.array_equal(found["frame"][own], 2 * (500 + test.windows))
+    z = lapo.idm(pretrain.get_windows(test, test.windows, "cpu"))
+    np.testing.assert_allclose(found["z"][own], z, atol=1e-5)
+    assert [row["codes"].split() for row in table] == found["codes"].reshape(len(table), -1).astype(
+        str
+    ).tolist()
+    with av.open(str(folder / "captions.mp4")) as film:
+        assert sum(1 for _ in film.decode(video=0)) == 500 + 400
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from lapo_bc import get_windows, load_checkpoint, load_dataset, refuse
 from lapo_decode import evaluate, load_labels, make_env
-from lapo_pretrain import FDM, other_windows, scheduled_rate
+from lapo_pretrain import FDM, linear_probe, other_windows, scheduled_rate
 from tools.loading import (
     ACTIONS,
     MOVES,
@@ -99,6 +99,35 @@ def group_latents(latents, num_groups, seed):
     group = np.argsort(order)[kmeans.labels_]
     nearest = kmeans.transform(latents)[:, order].argmin(0)
     return group, nearest
+
+
+def accuracy_by_shift(z, t, actions, episode):
+    """How well latents z (n, latent_dim) of windows around t (n,) tell labels of frames t + k: {k: accuracy}.
+
+    Balanced accuracies of linear_probe, k from -8 to 8 frames, within an episode. Labels that a recording
+    wrote k frames late are told best at k.
+    """
+    found = {}
+    for k in range(-8, 9):
+        shifted = np.clip(t + k, 0, len(actions) - 1)
+        inside = episode[shifted] == episode[t]
+        labels = np.where(inside, actions[shifted], -1)
+        known = labels[labels >= 0]
+        half = known[: len(known) // 2]  # what linear_probe is fitted on
+        if len(half) >= 20 and np.ptp(half) > 0:
+            found[k] = linear_probe(z, labels)
+    return found
+
+
+def say_shift(found):
+    """What accuracy_by_shift says of the labels, in a sentence."""
+    best = max(found, key=found.get)
+    here = found.get(0, 0)
+    told = f"{found[best]:.2f} at {best:+d} frames, {here:.2f} at 0"
+    if best == 0 or found[best] < here + 0.05:
+        return f"The labels are aligned, as far as latents tell: no clear peak but at 0 ({told})."
+    late = "late" if best > 0 else "early"
+    return f"The labels seem to be {abs(best)} frames {late} ({told}): move them, and import again."
 
 
 def count_pairs(group, actions, num_groups, num_actions):
@@ -575,6 +604,16 @@ def plot_codebooks(usage, perplexity):
     return fig
 
 
+def plot_shifts(found):
+    """Accuracies {k: accuracy} of labels k frames later."""
+    fig, ax = plt.subplots(figsize=(9, 3.5), layout="constrained")
+    ax.plot(found.keys(), found.values(), "o-", color=COLORS[0])
+    ax.axvline(0, color=GREY, ls=":")
+    ax.set_xlabel("frames by which the label comes later than the latent")
+    ax.set_ylabel("balanced accuracy")
+    return fig
+
+
 def plot_errors(curves):
     """Errors {name: (W, T)} against the number of steps, with the 95% confidence interval of the mean."""
     fig, ax = plt.subplots(figsize=(9, 5.5), layout="constrained")
@@ -782,9 +821,17 @@ def main(args):
             "table": to_html(rows),
             "windows": n,
             "chance": f"{chance:.3f}",
+            "shift": "",
         }
-        report.append(section("latent_space", folder, **values))
+        pictures = {}
+        shifts = accuracy_by_shift(encoded.z, t, actions_test, np.cumsum(test.first))
+        if shifts:
+            values["shift"] = say_shift(shifts)
+            pictures["shifts.png"] = to_png(plot_shifts(shifts))
+            print(values["shift"])
+        report.append(section("latent_space", folder, pictures, **values))
         results["latent_space"] = {**space, "chance": chance, "windows": n}
+        results["accuracy_by_shift"] = shifts
 
     # 5. every group's latent held in the FDM, and its matched action in the game, where there is one
     playable = bool(data.get("demonstrator"))
