@@ -449,7 +449,10 @@ class Tables:
     def of_pseudo_labels(self):
         rows = []
         for n in self.counts:
-            cells = [f"{self.right(g, 'vpt_lapo', n)} / {self.right(g, 'vpt', n)}" for g in self.games]
+            cells = []
+            for g in self.games:
+                lapo = self.right(g, "vpt_lapo_raw", n) or self.right(g, "vpt_lapo", n)  # three seeds, one
+                cells.append(f"{lapo} / {self.right(g, 'vpt', n)}")
             rows.append([f"{n:,.0f}", *cells])
         return to_table(["labels", *self.games], rows)
 
