@@ -10,7 +10,7 @@ STAMP := $(if $(BIN),.venv/.installed,.installed)
 
 .PHONY: first quickstart pictures test lint format clean
 
-first: $(STAMP)  ## clean latents of a small world, in two minutes
+first: $(STAMP)  ## latents of a small world that cluster by action, in a few minutes
 	PYTHON=$(BIN)python SEED=$(SEED) ./quickstart.sh FrozenLake-v1
 
 quickstart: $(STAMP)  ## the whole of LAPO, small, on two CPU cores (12 to 20 minutes)

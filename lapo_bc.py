@@ -4,7 +4,7 @@ The frozen IDM of stage 2 labels every transition with a latent action, the cont
 quantisation; a policy that sees o_t alone learns to predict it. No true action anywhere.
     loss    MSE((pi(o_t) - m) / s, (IDM(o_{t-1}, o_t, o_{t+1}) - m) / s)
 m and s are the latents' mean and standard deviation, by dimension. The paper regresses latents as they are
-(--no-standardize-latents); ours have deviations of 0.003 to 0.07, and a policy that regresses the smaller of
+(--no-standardize-latents); ours have deviations of 0.0008 to 0.07, and a policy that regresses the smaller of
 these ends with collapsed features (docs/lapo_bc.md).
 
     python lapo_bc.py --env-id bossfight                                      # the paper's scale

@@ -3,7 +3,7 @@
 # makes them small. The scripts' defaults are the paper's settings; docs/quickstart.md says why each flag is
 # here. Interrupted (Ctrl-C), the same command goes on.
 #     ./quickstart.sh [ENV_ID]            any game with a demonstrator in experts/
-#     ./quickstart.sh FrozenLake-v1       a small world in two minutes (docs/small-worlds.md)
+#     ./quickstart.sh FrozenLake-v1       a small world in a few minutes (docs/small-worlds.md)
 #     SEED=2 ./quickstart.sh [ENV_ID]     another seed
 set -euo pipefail
 cd "$(dirname "$0")"
