@@ -1,16 +1,22 @@
-"""tools/import_videos.py: films, folders of images and the paper's npz files become datasets."""
+"""tools/import_videos.py: films, folders of images, npz and parquet files become datasets."""
 
+import io
 import json
 import os
 import shutil
+from fractions import Fraction
 from types import SimpleNamespace
 
 import av
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import bc, contents_of, files_of, inline, killed, refusal
 from filelock import FileLock
 from PIL import Image
+
+from tools import import_videos, reading_videos
 
 SCRIPT, DATA = "tools/import_videos", "data/my_videos"
 CODECS = {".mkv": ("ffv1", "bgr0"), ".mp4": ("libx264", "yuv420p"), ".gif": ("gif", "bgr8")}
@@ -25,8 +31,11 @@ def moving(N, seed=0, size=(64, 64)):
     return frames
 
 
-def write_film(path, frames):
-    """A film, or a folder of images where the path has no suffix. Returns its frames."""
+def write_film(path, frames, times=None, turn=None, gop=12):
+    """A film, or a folder of images where the path has no suffix. Returns its frames.
+
+    times in milliseconds, default 30 frames a second; turn: as set_display_rotation takes it.
+    """
     (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
     for t, x in enumerate(() if path.suffix else frames):
         Image.fromarray(x).save(path / f"{t}.png")
@@ -34,8 +43,19 @@ def write_film(path, frames):
         (codec, pix_fmt), film = CODECS[path.suffix], av.open(str(path), "w")
         stream = film.add_stream(codec, rate=30)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
-        for x in frames:
-            film.mux(stream.encode(av.VideoFrame.from_ndarray(x, format="rgb24").reformat(format=pix_fmt)))
+        stream.gop_size = gop
+        if turn:
+            stream.set_display_rotation(*turn)
+        if frames.shape[3] == 4:
+            stream.pix_fmt = pix_fmt = "bgra"
+        if times is not None:
+            stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for t, x in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(x, format="rgb24" if x.shape[2] == 3 else "rgba")
+            frame = frame.reformat(format=pix_fmt)
+            if times is not None:
+                frame.pts, frame.time_base = int(times[t]), Fraction(1, 1000)
+            film.mux(stream.encode(frame))
         film.mux(stream.encode(None))
         film.close()
     return frames
@@ -79,6 +99,149 @@ def test_images(tmp_path):
     assert np.array_equal(got.frames, noise[:, 50:114, 30:94])
 
 
+def noise(N, seed=0, channels=3, dtype=np.uint8):
+    """Pictures without any likeness: (N, 64, 64, channels)."""
+    highest = np.iinfo(dtype).max
+    x = np.random.default_rng(seed).integers(0, highest, (N, 64, 64, channels), dtype, endpoint=True)
+    return x if channels > 1 else x[..., 0]
+
+
+def on_black(x):
+    return (x[..., :3] * (x[..., 3:] / 255)).round()
+
+
+def write_kind(folder, kind):
+    """Images of one kind in a folder. Returns the pictures that they show: (N, 64, 64, 3)."""
+    folder.mkdir(parents=True)
+    suffixes, x = [".png"], noise(40)
+    if kind == "16 bits":
+        x = np.arange(40, dtype=np.uint16)[:, None, None] * np.full((64, 64), 1000, dtype=np.uint16)
+        shown = np.repeat((x / 257).round()[..., None], 3, axis=3)
+    elif kind == "alpha":
+        x = noise(40, channels=4)
+        shown = on_black(x)
+    elif kind == "palette":
+        x[:, :32] = (200, 30, 40)
+        shown = np.where(np.arange(64)[None, :, None, None] < 32, 0, 255) * np.ones_like(x)
+    else:
+        suffixes, shown = [".png", ".webp", ".bmp", ".tiff"], x
+    for t, picture in enumerate(x):
+        image, more = Image.fromarray(picture), {}
+        if kind == "palette":
+            image = Image.new("P", (64, 64))
+            image.putpalette([200, 30, 40, 255, 255, 255])
+            image.paste(1, (0, 32, 64, 64))
+            more = {"transparency": 0}
+        image.save(folder / f"{t}{suffixes[t % len(suffixes)]}", lossless=True, **more)
+    return shown
+
+
+@pytest.mark.parametrize("kind", ["16 bits", "alpha", "palette", "mixed"])
+def test_images_as_they_are_shown(tmp_path, kind):
+    """16 bits are scaled to 8, what is transparent is black, and every still format is read, in order."""
+    shown = write_kind(tmp_path / "films/a", kind)
+    got = run(tmp_path, "--cut-threshold", 1)
+    assert got.frames.shape == shown.shape and np.abs(got.frames - shown).max() <= 1
+
+
+def test_gaps_between_images(tmp_path, capsys):
+    """A stream begins where numbers are missing, by the steps of the names; the last lines say so."""
+    write_film(tmp_path / "films/a", moving(40))
+    for t in (*range(1, 40, 2), 6):
+        (tmp_path / f"films/a/{t}.png").unlink()
+    (tmp_path / "films/a/12.png").rename(tmp_path / "films/a/12.unknown")
+    assert run(tmp_path, "--num-test-frames", 4).begins == [0, 3, 5, 14]
+    out = capsys.readouterr().out
+    assert "a: 2 numbers are missing" in out and "left out: 1 of other kinds (12.unknown)" in out
+
+
+def test_films_as_they_are_shown(tmp_path):
+    """In all eight orientations of a display matrix, and on black where they are transparent."""
+    x = np.zeros((4, 64, 64, 3), dtype=np.uint8)
+    x[:, :16, :32] = 255
+    turns = {f"{i}.mp4": (90 * (i % 4), i > 3) for i in range(8)}
+    for name, turn in turns.items():
+        write_film(tmp_path / "films" / name, x, turn=turn)
+    clear = write_film(tmp_path / "films/clear.mkv", noise(4, channels=4))
+    got = run(tmp_path, "--cut-threshold", 1)
+    for i, name in enumerate(got.films):
+        shown = on_black(clear)
+        if name in turns:
+            degrees, mirrored = turns[name]
+            shown = np.rot90(x, degrees // 90, axes=(1, 2))
+            shown = shown[:, :, ::-1] if mirrored else shown
+        assert np.abs(got.frames[4 * i : 4 * i + 4] - shown.astype(int)).mean() < 3, name
+
+
+def write_labels(path, film, N):
+    """Labels that number a film's frames."""
+    path.write_text("video,frame,action\n" + "\n".join(f"{film},{t},{t}" for t in range(N)))
+
+
+def test_frames_by_time(tmp_path, capsys):
+    """--fps takes what is on the screen at each tick; a long gap begins a stream; labels keep their frames."""
+    steps = [33, 34, 33] * 8 + [150, 20, 30, 100, 250, 3000, *[13] * 40, 300, 100]
+    times = np.cumsum([0, *steps])
+    gap = steps.index(3000) + 1
+    x = write_film(tmp_path / "films/a.mkv", noise(len(times)), times)
+    write_labels(tmp_path / "labels.csv", "a.mkv", len(times))
+    flags = ["--cut-threshold", 1, "--labels", "labels.csv", "--num-test-frames", 5]
+    got = run(tmp_path, "--fps", 10, *flags)
+    wanted = []
+    for part in (times[:gap], times[gap:]):
+        ticks = np.arange(part[0], part[-1] + 1, 100)
+        wanted.append(np.searchsorted(times, ticks + 9, side="right") - 1)
+    numbers = np.concatenate(wanted)
+    assert np.array_equal(got.actions, numbers) and np.abs(got.frames - x[numbers].astype(int)).max() <= 1
+    assert got.begins == [0, len(wanted[0]), len(numbers) - 5]
+    repeated = (np.diff(numbers) == 0).sum()
+    assert repeated > 2 and f"a.mkv: {repeated} frames are there again" in capsys.readouterr().out
+
+
+def test_a_damaged_place(tmp_path, capsys):
+    """What can be decoded is kept, with its labels; a stream begins after the loss, which the last lines name."""
+    base = noise(1)[0]
+    x = np.stack([np.roll(base, 2 * t, axis=1) for t in range(120)])
+    write_film(tmp_path / "films/a.mp4", x, gop=20)
+    film = bytearray((tmp_path / "films/a.mp4").read_bytes())
+    middle = len(film) // 2
+    film[middle : middle + 4096] = noise(1).tobytes()[:4096]
+    (tmp_path / "films/a.mp4").write_bytes(film)
+    write_labels(tmp_path / "labels.csv", "a.mp4", 120)
+    got = run(tmp_path, "--labels", "labels.csv", "--cut-threshold", 1, "--num-test-frames", 9)
+    lost = 120 - len(got.first)
+    assert 0 < lost < 30 and got.actions[0] == 0 and got.actions[-1] == 119
+    jumps = np.flatnonzero(np.diff(got.actions) > 1) + 1
+    assert len(jumps) and set(jumps) < set(got.begins)
+    errors = np.abs(got.frames - x[got.actions].astype(int)).mean((1, 2, 3))
+    whole = errors < 1.5 * errors[:20].max()  # around the loss some are smeared
+    assert whole[: jumps[0]].all() and whole[-40:].all()
+    assert f"a.mp4: {lost} of its frames cannot be decoded" in capsys.readouterr().out
+
+
+def test_what_is_found(tmp_path, capsys):
+    """Linked folders are followed, names are any bytes, accents compose as they like; all else is listed."""
+    names = ["a.mkv", ".hidden.mkv", os.fsdecode(b"\xe9.mkv"), "e\u0301.mkv", "../elsewhere/b.mkv"]
+    for name in names:
+        write_film(tmp_path / "films" / name, moving(8))
+    (tmp_path / "films/more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/loop").symlink_to(tmp_path / "films")
+    (tmp_path / "films/gone.mkv").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "films/notes.txt").write_text("")
+    Image.fromarray(moving(1)[0]).save(tmp_path / "films/a.jpg")
+    write_labels(tmp_path / "labels.csv", "\u00e9.mkv", 8)
+    got = run(tmp_path, "--labels", "labels.csv")
+    assert sorted(got.films) == sorted([*names[:1], *names[2:4], "more/b.mkv"])
+    row = 8 * got.films.index("e\u0301.mkv")
+    assert got.actions[row : row + 8].tolist() == [*range(8)] and (got.actions >= 0).sum() == 8
+    out = capsys.readouterr().out
+    for words in ("hidden (.hidden.mkv)", "links to folders that are read already (loop)", "(--kind films)",
+                  "broken links (gone.mkv)", "of other kinds (notes.txt)", "which --kind images reads (a.jpg)"):  # fmt: skip
+        assert words in out
+    got = refusal(tmp_path, SCRIPT, "films", "--kind", "images", "--overwrite")
+    assert "1 frames" in got
+
+
 def test_cuts(tmp_path):
     """A stream begins where the picture changes by the threshold or more, and nowhere else."""
     write_film(tmp_path / "films/a.mkv", np.concatenate([moving(10), 255 - moving(8), moving(14)]))
@@ -86,9 +249,14 @@ def test_cuts(tmp_path):
     assert run(tmp_path, "--num-test-frames", 4, "--cut-threshold", 1, "--overwrite").begins == [0, 28]
 
 
-def test_whole_films_are_the_test_split(tmp_path):
-    """Of several films, the last in the seed's order; each film is in one split and a stream."""
-    names, orders = [f"{i}/{i}.mkv" for i in range(6)], set()
+def test_whole_films_are_the_test_split(tmp_path, monkeypatch):
+    """Of several films, the last in the seed's order; each film is in one split and a stream.
+
+    The notes are written whole once, not once a film.
+    """
+    write_whole = import_videos.write_whole
+    names, orders, written = [f"{i}/{i}.mkv" for i in range(6)], set(), []
+    monkeypatch.setattr(import_videos, "write_whole", lambda *x: (written.append(x[0].name), write_whole(*x)))
     films = {x: write_film(tmp_path / "films" / x, moving(8 + i, i)) for i, x in enumerate(names)}
     for seed in range(1, 4):
         got = run(tmp_path, "--seed", seed, "--num-test-frames", 14, "--overwrite")
@@ -96,7 +264,7 @@ def test_whole_films_are_the_test_split(tmp_path):
         assert np.array_equal(got.frames, np.concatenate([films[name] for name in got.films]))
         assert got.begins == np.cumsum([0, *(len(films[name]) for name in got.films)])[:-1].tolist()
         orders.add(tuple(got.films))
-    assert len(orders) == 3
+    assert len(orders) == 3 and written == ["import.jsonl", "meta.json"] * 3
 
 
 @pytest.mark.parametrize("names", [None, ["jump", "left", "right"]])
@@ -137,6 +305,61 @@ def test_the_papers_npz(tmp_path, done_is_first):
     assert got.meta["splits"]["test"]["num_frames"] == 40 and got.meta["num_actions"] == got.actions.max() + 1
 
 
+def arrow_of(x, form):
+    """Pictures (N, H, W, 3) as a column of a parquet file."""
+    if form in ("bytes", "struct"):
+        files = []
+        for picture in x:
+            files.append(io.BytesIO())
+            Image.fromarray(picture).save(files[-1], "PNG")
+        files = [file.getvalue() for file in files]
+        return files if form == "bytes" else [{"bytes": file, "path": None} for file in files]
+    kind = pa.uint8() if form == "lists" else pa.int64()
+    for size in x.shape[:0:-1]:
+        kind = pa.list_(kind, -1 if form == "lists" else size)
+    return pa.array(x.tolist(), kind)
+
+
+@pytest.mark.parametrize("done_is_first", [False, True])
+@pytest.mark.parametrize("form", ["lists", "fixed", "bytes", "struct"])
+def test_parquet(tmp_path, capsys, form, done_is_first):
+    """As Hugging Face has them: rows in order, episodes end at done or truncated, names say the split."""
+    first, wanted = np.isin(np.arange(40), [0, 7, 15, 30]), []
+    ends = first if done_is_first else np.roll(first, -1)
+    for i, name in enumerate(["train-10", "train-9", "test-0", "validation-0"]):
+        rng = np.random.default_rng(i)
+        x = np.zeros((40, 64, 64, 3)) + np.cumsum(first)[:, None, None, None] * 60
+        x = (x + rng.integers(0, 15, x.shape)).astype(np.uint8)
+        actions, rewards = rng.integers(15, size=40).astype(np.uint8), rng.random(40).astype(np.float32)
+        truncated = ends & (np.arange(40) < 10)
+        columns = {"action": actions, "reward": rewards, "done": ends & ~truncated, "truncated": truncated}
+        (tmp_path / "films").mkdir(exist_ok=True)
+        table = pa.table({"observation": arrow_of(x, form), **columns})
+        pq.write_table(table, tmp_path / f"films/{name}.parquet", row_group_size=7)
+        returns = np.full(40, np.nan)
+        returns[7:15], returns[15:30] = rewards[7:15].sum(), rewards[15:30].sum()
+        wanted.append(dict(frames=x, first=first, actions=actions, rewards=rewards, returns=returns))
+    got = run(tmp_path)
+    for name in wanted[0]:
+        arrays = [wanted[i][name] for i in (1, 0, 2)]
+        np.testing.assert_allclose(getattr(got, name), np.concatenate(arrays), 1e-5)
+    assert got.films == ["train-9.parquet", "train-10.parquet", "test-0.parquet"]
+    assert got.meta["splits"]["test"]["num_frames"] == 40 and got.meta["demonstrator"]["episodes"] == 4
+    assert "not named train or test (validation-0.parquet)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rows", [20, 200])
+def test_parquet_is_streamed(tmp_path, rows):
+    """A part of a file is in memory, also of one with large row groups: Arrow takes 16 bytes a number."""
+    table = pa.table({"observation": arrow_of(noise(200), "lists")})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=rows)
+    del table
+    before = pa.total_allocated_bytes()
+    frames = reading_videos.read_parquet(tmp_path / "a.parquet")
+    most = max(pa.total_allocated_bytes() - before for _ in frames)
+    assert 0 < most < 16 * 100 * 64 * 64 * 3
+
+
 def test_interrupted(tmp_path):
     """Killed at any of its steps, an import goes on with the same command and ends as one that was not."""
     for i in range(3):
@@ -149,6 +372,9 @@ def test_interrupted(tmp_path):
         killed(tmp_path, SCRIPT, "films", *flags, owner=owner, name=name, n=n)
         if n == 10:
             assert "'every': 1" in refusal(tmp_path, SCRIPT, "films", *flags, "--every", 2)
+        if (tmp_path / DATA / "import.jsonl").exists():
+            with open(tmp_path / DATA / "import.jsonl", "a") as f:
+                f.write('{"film": "0.mk')  # a line that was cut off
         run(tmp_path, *flags)
         assert contents_of(tmp_path / "data", ".npy") == contents_of(tmp_path / "whole", ".npy"), (name, n)
         shutil.rmtree(tmp_path / "data")
@@ -171,8 +397,18 @@ def test_bad_films(tmp_path):
 
 def test_refusals(tmp_path, monkeypatch):
     """Every error is one sentence, and the dataset that is there stays as it is."""
-    for name, N in {"films/a.mkv": 20, "mixed/a.mkv": 5, "mixed/b": 3, "short/a.mkv": 5}.items():
+    for name, N in {"films/a.mkv": 20, "twice/b": 3, "float/b": 3, "short/a.mkv": 5}.items():
         write_film(tmp_path / name, moving(N))
+    shutil.copy(tmp_path / "twice/b/0.png", tmp_path / "twice/b/0.bmp")
+    Image.fromarray(np.ones((64, 64), dtype=np.float32)).save(tmp_path / "float/b/0.tiff")
+    (tmp_path / "float/b/0.png").unlink()
+    for name, columns in {
+        "p/a/train-0": {},
+        "p/b/train-0": {},
+        "q/test-0": {"observation": [[[1, 2]]]},
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        pq.write_table(pa.table({"reward": [1.0], **columns}), tmp_path / f"{name}.parquet")
     (tmp_path / "none").mkdir()
     for name, size in {"x/train": 0, "x/test": 0, "y/train": 32, "y/test": 32, "broken": 0}.items():
         (tmp_path / name).mkdir(parents=True)
@@ -182,7 +418,10 @@ def test_refusals(tmp_path, monkeypatch):
     run(tmp_path)
     before = files_of(tmp_path / "data")
     cases = {  # flags, or rows of the labels: words of the sentence
-        "nowhere": "not there", "none": "no films", "mixed": "images (0.png)", "broken": "b.mp4 is unusable",
+        "nowhere": "not there", "none": "nothing", "twice": "0.bmp and 0.png", "broken": "b.mp4 is unusable",
+        "float": "floating-point", "twice/b/0.png": "single image", "p": "2 games", "p/a": "reward: expected obs",
+        "q": "shape (1, 2)", "films --kind npz": "expected npz", "films --fps 0": "--fps 0",
+        "films --fps 9 --every 2": "one of both", "twice --fps 9": "images have no times",
         "x": "obs.npy", "y": "(9, 32, 32, 3)", "x --every 2": "npz", "x/train": "test/INT.npz",
         "films --crop 9 9 9 99": "not inside its 64 x 64", "films --every 0": "--every",
         "films --env-id a/b": "'a/b'", "films --env-id a:b": "a:b", "films --labels no": "no ",

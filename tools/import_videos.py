@@ -1,16 +1,17 @@
 """Your own videos, or those published with LAPO's paper, as a dataset that the stages read.
 
-VIDEOS is a film or a folder, searched with its subfolders, that holds one kind of
-    films                   mp4, webm, gif, mkv, ...: a stream of frames each, but for cuts
-    folders of images       png or jpg: a folder is a film, its frames are ordered by the numbers in names
-    {train,test}/INT.npz    the paper's: obs (N, 64, 64, 3) uint8; ta, done and rewards (N,)
+VIDEOS is a film or a folder, searched with its subfolders. Of these kinds it reads one
+    films      mp4, webm, gif, mkv, ...: a stream of frames each, but for cuts
+    images     png, jpg, webp, ...: a folder is a film, its frames are ordered by the numbers in names
+    npz        the paper's {train,test}/INT.npz: obs (N, 64, 64, 3) uint8; ta, done and rewards (N,)
+    parquet    {train,test}-*.parquet, as Hugging Face has them: observation, action, reward, done, truncated
 
     python -m tools.import_videos films --env-id my_game
-    python -m tools.import_videos films --env-id my_game --every 2 --crop 0 40 640 440 --labels labels.csv
+    python -m tools.import_videos films --env-id my_game --fps 10 --crop 0 40 640 440 --labels labels.csv
     python -m tools.import_videos expert_data/bossfight --env-id bossfight  # the paper's
 Writes data/ENV_ID as collect_expert_data.py does: frames and first; with --labels actions, -1 where a frame
-has none; of the paper's also rewards and returns. What was interrupted goes on with the same command, film by
-film: import.json notes which are in frames.npy.
+has none; of npz and parquet files also rewards and returns. What was interrupted goes on with the same
+command, film by film: import.jsonl notes which are in frames.npy.
 """
 
 import csv
@@ -21,28 +22,27 @@ import os
 import re
 import shutil
 import sys
-import zipfile
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Literal
+from unicodedata import normalize
 
-import av
 import numpy as np
 import tyro
-from av.video.reformatter import VideoReformatter
 from filelock import FileLock
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from collect_expert_data import make_env, play_at_random, score
 from lapo_bc import refuse
 from tools.loading import write_whole
+from tools.reading_videos import FRAME, by_number, kind_of, open_film, split_of, steps_of
 
-FILMS = ".mp4 .webm .gif .mkv .mov .avi .m4v .mpg .mpeg .mts .m2ts .ts .wmv .flv .ogv .3gp".split()
-KINDS = {"films": FILMS, "images": [".png", ".jpg", ".jpeg"], "npz": [".npz"]}
+KINDS = ["films", "images", "npz", "parquet"]
+LABELLED = ["npz", "parquet"]
+NOTES = "import.jsonl"
 HEADER = 128  # bytes of frames.npy before its rows
-FRAME = 64 * 64 * 3  # bytes of a row
 PROCGEN_GAMES = (
     "bigfish bossfight caveflyer chaser climber coinrun dodgeball fruitbot "
     "heist jumper leaper maze miner ninja plunder starpilot"
@@ -53,6 +53,7 @@ PROCGEN_GAMES = (
 class Args:
     # what
     videos: tyro.conf.Positional[str]  # a film, or a folder of films, of folders of images or of npz files
+    kind: Literal["films", "images", "npz", "parquet"] | None = None  # default: what VIDEOS holds most of
     env_id: str = "my_videos"  # name of the dataset, as folders can have it
     seed: int = 1  # seed of the films' order, hence of the split
     # data
@@ -64,6 +65,7 @@ class Args:
     size: Literal[64] = 64  # pixels a side: the networks take no other
     crop: tuple[int, int, int, int] | None = None  # LEFT TOP WIDTH HEIGHT as shown; default the whole picture
     every: int = 1  # keep each Nth frame
+    fps: float | None = None  # or keep what is on the screen so many times a second
     cut_threshold: float = 0.25  # mean change of a frame that begins a new stream, of 1; from 1 on, none does
     num_test_frames: int = 4096  # size of the test split: the last films that have so many frames
 
@@ -71,67 +73,128 @@ class Args:
 # ---- What there is ----
 
 
-def kind_of(path):
-    """The kind of videos that a file belongs to, or None."""
-    for kind, suffixes in KINDS.items():
-        if path.suffix.lower() in suffixes:
-            return kind
-    return None
+def list_files(root, left_out):
+    """All files in root and its folders, also linked ones, each folder once; left_out gets the others."""
+    files = []
+    folders = [root]
+    links = []  # come last: a film is named by the folder in which it lies
+    seen = set()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        if folder.resolve() in seen:
+            left_out["links to folders that are read already"].append(folder.name)
+            continue
+        seen.add(folder.resolve())
+        try:
+            paths = sorted(folder.iterdir())
+        except OSError:
+            left_out["folders that cannot be opened"].append(folder.name)
+            continue
+        for path in paths:
+            if path.name.startswith("."):
+                left_out["hidden"].append(path.name)
+            elif path.is_dir():
+                (links if path.is_symlink() else folders).append(path)
+            elif path.is_file():
+                files.append(path)
+            else:
+                left_out["broken links"].append(path.name)
+    return files
+
+
+def choose_kind(found):
+    """The kind in {kind: files} that has most bytes; images beside films are posters unless they are many."""
+    sizes = {kind: sum(path.stat().st_size for path in paths) for kind, paths in found.items()}
+    largest = max(sizes, key=sizes.get)
+    if largest in ("films", "images") and {"films", "images"} <= found.keys():
+        return "images" if len(found["images"]) > 100 * len(found["films"]) else "films"
+    return largest
 
 
 def find_films(args):
-    """{name: path} of all films in the dataset's order; a film's name is its path in VIDEOS."""
+    """The kind of videos, {name: path} in the dataset's order, and what is left out: {what: [names]}.
+
+    A film's name is its path in VIDEOS.
+    """
     root = Path(args.videos)
-    if root.is_file():
-        files = [root]
-        root = root.parent
+    left_out = defaultdict(list)
+    if root.is_dir():
+        files = list_files(root, left_out)
     else:
-        files = sorted(root.rglob("*"))
-    found = {}  # paths of each kind
+        files = [root] if root.is_file() else []
+        root = root.parent
+    found = defaultdict(list)
     for path in files:
-        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
         kind = kind_of(path)
-        if kind and path.is_file() and not hidden:
-            found.setdefault(kind, []).append(path)
-    if len(found) != 1:
-        what = " and ".join(f"{kind} ({paths[0].name})" for kind, paths in found.items())
-        refuse(f"{args.videos} holds {what or 'no films, or is not there'}: expected one of {KINDS}")
-    kind, paths = found.popitem()
+        if kind:
+            found[kind].append(path)
+        else:
+            left_out["of other kinds"].append(path.name)
+    kind = args.kind or (choose_kind(found) if found else None)
+    if kind not in found:
+        what = " and ".join(found) or "nothing that can be read, or is not there"
+        refuse(f"{args.videos} holds {what}: expected {kind or ', '.join(KINDS)}")
+    paths = found.pop(kind)
+    for other in found:
+        name = f"{other}, which --kind {other} reads"
+        left_out[name] = [path.name for path in found[other]]
     if kind == "images":
+        if Path(args.videos).is_file():
+            refuse(f"{args.videos} is a single image: give the folder that holds the frames of a film")
         paths = [path.parent for path in paths]
+    if kind in LABELLED:
+        paths = choose_splits(kind, paths, left_out, args.videos)
     films = {path.relative_to(root).as_posix(): path for path in paths}
-    if kind == "npz":
-        check_npz(films, args.videos)
-        order = sorted(films, key=lambda name: place_of_npz(films[name]))
+    if kind in LABELLED:
+        order = sorted(films, key=lambda name: place_of_file(films[name]))
     else:
         order = sorted(films, key=lambda name: place_of_film(name, args.seed))
-    return {name: films[name] for name in order}
+    return kind, {name: films[name] for name in order}, left_out
 
 
-def check_npz(films, videos):
-    """Refuses npz files that lie otherwise than the paper's."""
-    splits = {path.parent.name for path in films.values()}
-    if splits != {"train", "test"} or not all(path.stem.isdecimal() for path in films.values()):
-        what = ", ".join(list(films)[:3])
+def choose_splits(kind, paths, left_out, videos):
+    """The npz or parquet files of the train and the test split; refuses those of several games."""
+    splits = {split_of(path) for path in paths}
+    if kind == "npz" and splits != {"train", "test"}:
+        what = ", ".join(path.name for path in paths[:3])
         refuse(f"{videos} holds {what} ...: expected train/INT.npz and test/INT.npz alone")
+    if splits != {None}:
+        others = [path for path in paths if not split_of(path)]
+        paths = [path for path in paths if split_of(path)]
+        if others:
+            left_out[f"{kind} files that are not named train or test"] = [path.name for path in others]
+    games = set()
+    for path in paths:
+        folder = path.parent
+        if folder.name in ("train", "test"):
+            folder = folder.parent
+        games.add(folder.as_posix())
+    if len(games) > 1:
+        what = ", ".join(sorted(games)[:3])
+        refuse(f"{videos} holds {kind} files of {len(games)} games ({what} ...): give the folder of one")
+    return paths
 
 
-def place_of_npz(path):
-    return path.parent.name == "test", path.parent, int(path.stem)
+def place_of_file(path):
+    return split_of(path) == "test", path.parent, by_number(path)
 
 
 def place_of_film(name, seed):
     """Shuffles by hashes: a film more or less does not move the others."""
-    return hashlib.blake2b(f"{seed} {name}".encode()).digest()
+    name = normalize("NFC", name)  # file systems compose accents in two ways
+    return hashlib.blake2b(f"{seed} {name}".encode(errors="surrogateescape")).digest()
 
 
 def read_rows(path, films):
     """{film: {frame: action}} of a CSV file, actions as text. Raises ValueError, KeyError or OSError."""
     labels = {}
-    with open(path, newline="", encoding="utf-8-sig") as f:
+    names = {normalize("NFC", name): name for name in films}
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as f:
         reader = csv.DictReader(f, skipinitialspace=True, restval="")
         for row in reader:
             video = Path(row["video"].strip()).as_posix()
+            if video not in films:
+                video = names.get(normalize("NFC", video), video)
             frame = row["frame"].strip()
             action = row["action"].strip()
             if video not in films or not frame.isdecimal():
@@ -168,93 +231,6 @@ def read_labels(path, films):
     return labels, names
 
 
-# ---- Reading films ----
-
-
-def open_npz(path):
-    """Of an npz the file obs.npy, at its first row, and ta, done and rewards (N,)."""
-    z = zipfile.ZipFile(path)
-    ta = np.lib.format.read_array(z.open("ta.npy"))
-    done = np.lib.format.read_array(z.open("done.npy"))
-    rewards = np.lib.format.read_array(z.open("rewards.npy"))
-    f = z.open("obs.npy")
-    np.lib.format.read_magic(f)
-    shape, _, dtype = np.lib.format.read_array_header_1_0(f)
-    N = len(ta)
-    shapes = [shape, ta.shape, done.shape, rewards.shape]
-    if shapes != [(N, 64, 64, 3), (N,), (N,), (N,)] or dtype != np.uint8:
-        raise ValueError(f"obs {dtype}, ta, done, rewards are {shapes}, not (N, 64, 64, 3) uint8 and (N,)")
-    if N and not 0 <= ta.min() <= ta.max() <= 126:
-        raise ValueError(f"ta is {ta.min()} to {ta.max()}, not actions from 0 to 126")
-    return f, ta, done.astype(bool), rewards
-
-
-class Shrinker:
-    """An av.VideoFrame of any size as it is shown, cropped, averaged by area -> (64, 64, 3) uint8."""
-
-    def __init__(self, args):
-        self.args = args
-        self.to_rgb = VideoReformatter()  # a film keeps its tables: up to twice as fast
-        self.to_small = VideoReformatter()
-
-    def __call__(self, frame):
-        if frame.rotation or self.args.crop:
-            frame = self.turn_and_crop(frame)
-        size = self.args.size
-        small = self.to_small.reformat(frame, size, size, "rgb24", interpolation="AREA", threads=1)
-        return small.to_ndarray()
-
-    def turn_and_crop(self, frame):
-        x = self.to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
-        x = np.rot90(x, frame.rotation // 90)  # (H, W, 3); phones note it in degrees counterclockwise
-        if self.args.crop:
-            left, top, width, height = self.args.crop
-            H, W, _ = x.shape
-            if not (0 <= left < left + width <= W and 0 <= top < top + height <= H):
-                raise ValueError(f"--crop {self.args.crop} is not inside its {W} x {H} pixels")
-            x = x[top : top + height, left : left + width]
-        return av.VideoFrame.from_ndarray(np.ascontiguousarray(x), format="rgb24")
-
-
-def read_npz(f, N):
-    for _ in range(N):
-        yield np.frombuffer(f.read(FRAME), dtype=np.uint8).reshape(64, 64, 3)
-
-
-def read_images(files):
-    for path in files:
-        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-        yield av.VideoFrame.from_ndarray(np.asarray(image))
-
-
-def by_number(path):
-    """Sorts 2.png before 10.png."""
-    return re.sub(r"\d+", lambda number: number[0].zfill(20), path.name)
-
-
-def open_film(path, args):
-    """About how many frames a film gives, and an iterator over them: every Nth, (64, 64, 3) uint8."""
-    if path.suffix == ".npz":
-        f, ta, _, _ = open_npz(path)
-        return len(ta), read_npz(f, len(ta))
-    if path.is_dir():
-        files = [p for p in path.iterdir() if kind_of(p) == "images" and not p.name.startswith(".")]
-        files.sort(key=by_number)
-        N = len(files)
-        frames = read_images(files[:: args.every])
-    else:
-        film = av.open(str(path))
-        stream = film.streams.best("video")
-        if stream is None:
-            raise ValueError("no video in it")
-        stream.thread_type = "AUTO"  # decodes on all cores
-        N = stream.frames
-        if not N:
-            N = (film.duration or 0) / av.time_base * (stream.average_rate or 0)
-        frames = islice(film.decode(stream), 0, None, args.every)
-    return int(N) // args.every, map(Shrinker(args), frames)
-
-
 # ---- Writing the dataset ----
 
 
@@ -270,42 +246,41 @@ def keep_rows(f, N):
     f.seek(0, os.SEEK_END)
 
 
-def find_begins(path, jumps, args):
-    """Frames of a film at which a stream begins; jumps (N,) say how much each differs from the one before."""
-    if path.suffix != ".npz":
-        if args.cut_threshold >= 1:
-            return []
-        return np.flatnonzero(jumps >= args.cut_threshold)
-    # some say that done[t] ends an episode with step t, some that it begins one with frame t; the
-    # pictures decide: over these rows they jump more from t to t + 1, or from t - 1 to t
-    _, _, done, _ = open_npz(path)
-    inside = done[1:-1]
-    after = jumps[2:][inside].sum()
-    before = jumps[1:-1][inside].sum()
-    begins = np.flatnonzero(done)
-    if after > before:
-        begins = begins + 1
-    return begins
-
-
 def append_film(f, path, bar, args):
-    """Appends a film's frames to f. Returns their number, and the indices of those that begin a stream."""
-    _, frames = open_film(path, args)
-    last = []  # the frame before the chunk
+    """Appends a film's frames to f. Returns what the dataset has to know of it, see read_notes."""
+    notes = {}
+    _, frames = open_film(path, args, notes)
+    last = []  # the picture before the chunk
     jumps = []
+    begins = []
+    numbers = []
     while chunk := list(islice(frames, 256)):
-        x = np.stack([*(last or chunk[:1]), *chunk])  # (1 + n, 64, 64, 3)
+        pictures = [frame.picture for frame in chunk]
+        x = np.stack([*(last or pictures[:1]), *pictures])  # (1 + n, 64, 64, 3)
         f.write(x[1:])
         before = x[:-1]
         after = x[1:]
         change = np.maximum(before, after) - np.minimum(before, after)
         jumps.append(change.mean((1, 2, 3), dtype=np.float32) / 255)
-        last = chunk[-1:]
+        begins += [frame.begins for frame in chunk]
+        numbers += [frame.number for frame in chunk]
+        last = pictures[-1:]
         bar.update(len(chunk))
-    jumps = np.concatenate(jumps)  # (N,), 0 to 1
-    N = len(jumps)
-    begins = [int(t) for t in find_begins(path, jumps, args) if 0 < t < N]
-    return {"num_frames": N, "first": [0, *begins]}
+    jumps = np.concatenate(jumps)  # (N,), 0 to 1: how much each frame differs from the one before
+    film = {"num_frames": len(jumps), **notes}
+    if args.labels:
+        film["numbers"] = numbers
+    steps = steps_of(path)
+    if steps and steps.done is not None:
+        # some say that done[t] ends an episode with frame t, some that it begins one with frame t
+        inside = steps.done[1:-1]
+        film["jump_after"] = float(jumps[2:][inside].sum())
+        film["jump_before"] = float(jumps[1:-1][inside].sum())
+        return film
+    if args.cut_threshold < 1:
+        begins = begins | (jumps >= args.cut_threshold)
+    film["first"] = [0, *(int(t) for t in np.flatnonzero(begins) if t)]
+    return film
 
 
 def leave_out(name, e, films, state, args):
@@ -317,16 +292,18 @@ def leave_out(name, e, films, state, args):
     if not args.skip_bad:
         why = state["skipped"][name]
         # as the exit status, which is printed once the bars are gone
-        sys.exit(f"error: {films[name]} is unusable ({why}): mend it, remove it, or add --skip-bad")
+        path = printable(films[name])
+        sys.exit(f"error: {path} is unusable ({printable(why)}): mend it, remove it, or add --skip-bad")
 
 
 def look_at_films(films, state, args):
     """About how many frames each film has that state does not know: {name: N}. All must open."""
     estimates = {}
+    notes = {}
     todo = [name for name in films if name not in state["films"] and name not in state["skipped"]]
     for name in tqdm(todo, "look at the films", unit="film", delay=2, leave=False):
         try:
-            N, frames = open_film(films[name], args)
+            N, frames = open_film(films[name], args, notes)
             next(frames)
             estimates[name] = N
         except Exception as e:  # FFmpeg, Pillow and zlib raise many kinds
@@ -343,65 +320,84 @@ def append_films(films, state, data_dir, args):
             path.unlink(missing_ok=True)
         for split in ("train", "test"):
             (data_dir / split).mkdir(exist_ok=True)
-    write_whole(data_dir / "import.json", json.dumps(state))
+    write_notes(state, data_dir)
     known = sum(film["num_frames"] for film in state["films"].values())
     bar = tqdm(total=known + sum(estimates.values()), initial=known, unit="frame")
     mode = "r+b" if state["films"] else "w+b"
     with bar, open(data_dir / "train" / "frames.npy", mode) as f:
         keep_rows(f, known)
         for name in estimates:
-            bar.set_postfix_str(name)
+            bar.set_postfix_str(printable(name))
             try:
                 state["films"][name] = append_film(f, films[name], bar, args)
                 known += state["films"][name]["num_frames"]
+                note = {"film": name, **state["films"][name]}
             except Exception as e:
                 leave_out(name, e, films, state, args)
+                note = {"skipped": name, "why": state["skipped"][name]}
             keep_rows(f, known)
-            write_whole(data_dir / "import.json", json.dumps(state))
+            append_note(note, data_dir)
 
 
-def actions_of(name, n, labels, args):
+def actions_of(name, film, labels, args):
     """The actions (n,) of a film's frames, -1: no label."""
-    actions = np.full(n, -1, dtype=np.int8)
+    actions = np.full(film["read"], -1, dtype=np.int8)  # of all that it has
     for t, action in labels.get(name, {}).items():
-        if t // args.every >= n:
-            found = f"frame {t} of {name}, which ends before frame {n * args.every}"
+        if t >= len(actions):
+            found = f"frame {t} of {name}, which has {len(actions)} frames"
             refuse(f"--labels {args.labels} has {found}: expected frames counted from 0")
-        if t % args.every == 0:
-            actions[t // args.every] = action
-    return actions
+        actions[t] = action
+    return actions[film["numbers"]]
+
+
+def begins_of(done, done_is_first):
+    """Frames that begin an episode, of done (N,)."""
+    begins = np.flatnonzero(done)
+    if not done_is_first:
+        begins = begins + 1
+    return [0, *(int(t) for t in begins if 0 < t < len(done))]
 
 
 def arrays_of(films, state, labels, args):
     """The arrays beside the frames, {name: (N,)}, of all films one after another."""
     arrays = {"first": [], "actions": [], "rewards": [], "returns": []}
+    with_done = [film for film in state["films"].values() if "first" not in film]
+    # the pictures decide what done means: whether they jump more from t - 1 to t, or from t to t + 1
+    jump_before = sum(film["jump_before"] for film in with_done)
+    done_is_first = jump_before > sum(film["jump_after"] for film in with_done)
     for name, film in state["films"].items():
         n = film["num_frames"]
+        steps = steps_of(films[name])
+        begins = film["first"] if "first" in film else begins_of(steps.done, done_is_first)
         first = np.zeros(n, dtype=bool)
-        first[film["first"]] = True
+        first[begins] = True
         arrays["first"].append(first)
-        if films[name].suffix != ".npz":
-            arrays["actions"].append(actions_of(name, n, labels, args))
-            continue
-        _, ta, _, rewards = open_npz(films[name])
-        returns = np.full(n, np.nan, dtype=np.float32)
-        for a, b in zip(film["first"][1:], film["first"][2:]):  # not of the first and last: cut off
-            returns[a:b] = rewards[a:b].sum()
-        arrays["actions"].append(ta.astype(np.int8))
-        arrays["rewards"].append(rewards.astype(np.float32))
-        arrays["returns"].append(returns)
-    if not labels and not arrays["rewards"]:
-        arrays["actions"] = []
-    return {name: np.concatenate(parts) for name, parts in arrays.items() if parts}
+        if labels:
+            arrays["actions"].append(actions_of(name, film, labels, args))
+        if steps:
+            returns = np.full(n, np.nan, dtype=np.float32)
+            if steps.done is not None:
+                for a, b in zip(begins[1:], begins[2:]):  # not of the first and last: cut off
+                    returns[a:b] = steps.rewards[a:b].sum()
+            arrays["actions"].append(steps.actions)
+            arrays["rewards"].append(steps.rewards)
+            arrays["returns"].append(returns)
+    arrays = {name: np.concatenate(parts) for name, parts in arrays.items() if parts}
+    if not labels and "actions" in arrays and arrays["actions"].max() < 0:
+        del arrays["actions"]
+    if "rewards" in arrays and np.isnan(arrays["rewards"]).all():
+        del arrays["rewards"], arrays["returns"]
+    return arrays
 
 
 def count_test_frames(films, counts, args):
     """How many of the last frames are the test split, of films {name: frames}: those of whole films."""
     N = sum(counts.values())
     n_test = 0
+    splits = {split_of(path) for path in films.values()}
     for name in reversed(counts):
-        if films[name].suffix == ".npz":  # the paper's own split
-            belongs = films[name].parent.name == "test"
+        if splits == {"train", "test"}:  # of npz and parquet files
+            belongs = split_of(films[name]) == "test"
         else:
             belongs = n_test < args.num_test_frames and n_test + counts[name] <= N // 2
         if not belongs:
@@ -432,7 +428,7 @@ def move_test_frames(state, data_dir, n_train, n_test):
                 g.seek(HEADER)
                 shutil.copyfileobj(f, g, 256 * FRAME)
                 keep_rows(g, n_test)
-            write_whole(data_dir / "import.json", json.dumps({**state, "split": n_train}))
+            append_note({"split": n_train}, data_dir)
         keep_rows(f, n_train)
 
 
@@ -444,13 +440,17 @@ def score_episodes(first, returns):
 
 def score_random_play(env_id):
     """Random play's score in meta.json, on all levels of one of Procgen's games; later scores call it 0."""
-    env = make_env(env_id, num_envs=64, num_levels=0, start_level=0, seed=1)
+    try:
+        env = make_env(env_id, num_envs=64, num_levels=0, start_level=0, seed=1)
+    except ImportError as e:
+        print(f"random play is not scored, so that nobody can compare scores with it: {e}")
+        return {}
     returns = play_at_random(env, 200, np.random.default_rng(1))
     env.close()
     return {**score(returns), "returns": returns.tolist()}
 
 
-def finish(films, state, labels, action_names, data_dir, args):
+def finish(kind, films, left_out, state, labels, action_names, data_dir, args):
     """Cuts the test split off train/frames.npy, and writes the arrays beside the frames, then meta.json."""
     arrays = arrays_of(films, state, labels, args)
     first = arrays["first"]
@@ -466,6 +466,8 @@ def finish(films, state, labels, action_names, data_dir, args):
     if "actions" in arrays:
         num_labelled = (arrays["actions"] >= 0).sum()
         meta["num_actions"] = int(arrays["actions"].max()) + 1
+        if args.env_id in PROCGEN_GAMES:
+            meta["num_actions"] = 15
     if action_names:
         meta["num_actions"] = len(action_names)
         meta["action_names"] = action_names
@@ -480,23 +482,83 @@ def finish(films, state, labels, action_names, data_dir, args):
             np.save(data_dir / split / f"{name}.npy", array[part])
     os.sync()  # all is on the disk before meta.json makes it a dataset
     write_whole(data_dir / "meta.json", json.dumps({**meta, "args": vars(args)}, indent=2))
-    (data_dir / "import.json").unlink()
+    (data_dir / NOTES).unlink()
     streams = f"{first.sum():,} streams of {len(counts):,} films"
-    print(f"{data_dir}: {len(first):,} frames, {num_labelled:,} labelled, in {streams}")
+    print(f"{data_dir}: {len(first):,} frames, {num_labelled:,} labelled, in {streams} (--kind {kind})")
+    print_losses(state, left_out)
+
+
+def print_losses(state, left_out):
+    """What the dataset does not hold of the films, and what else was left out, why and how many."""
+    causes = {
+        "lost": "of its frames cannot be decoded: a new stream begins after them",
+        "missing": "numbers are missing in the names of its images: a new stream begins after them",
+        "repeated": "frames are there again, as its own rate is lower than --fps",
+    }
+    for name, film in state["films"].items():
+        for cause, sentence in causes.items():
+            if film[cause]:
+                print(f"{printable(name)}: {film[cause]:,} {sentence}")
     for name, why in state["skipped"].items():
-        print(f"left out: {name} ({why})")
+        print(f"left out: {printable(name)} ({printable(why)})")
+    for what, names in left_out.items():
+        some = ", ".join(printable(name) for name in names[:3])
+        more = ", ..." if len(names) > 3 else ""
+        print(f"left out: {len(names):,} {what} ({some}{more})")
+
+
+def printable(name):
+    """A file's name, whose bytes need not be UTF-8."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
+# ---- Notes of an import that is under way ----
+
+
+def append_note(note, data_dir):
+    """A line more in import.jsonl, on the disk."""
+    with open(data_dir / NOTES, "a") as f:
+        f.write(json.dumps(note) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def write_notes(state, data_dir):
+    """import.jsonl anew, of all that state knows."""
+    lines = [{"args": state["args"]}]
+    lines += [{"film": name, **film} for name, film in state["films"].items()]
+    lines += [{"skipped": name, "why": why} for name, why in state["skipped"].items()]
+    write_whole(data_dir / NOTES, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_notes(path):
+    """The state of an import, of import.jsonl: a last line that was cut off is none.
+
+    Of each film: num_frames; first, the frames that begin a stream, or with done how much the pictures jump;
+    numbers, which of its frames they are, with --labels; and what open_film notes.
+    """
+    whole, _, _ = path.read_text().rpartition("\n")
+    state = {"films": {}, "skipped": {}}
+    for line in whole.splitlines():
+        note = json.loads(line)
+        if "film" in note:
+            state["films"][note.pop("film")] = note
+        elif "skipped" in note:
+            state["skipped"][note["skipped"]] = note["why"]
+        else:
+            state.update(note)  # args or split
+    return state
 
 
 def open_state(films, data_dir, args):
-    """What import.json notes of an interrupted import, or an empty note; refuses other flags and films."""
-    path = data_dir / "import.json"
+    """What import.jsonl notes of an interrupted import, or an empty note; refuses other flags and films."""
     flags = {**vars(args)}
     for name in ("data_dir", "overwrite", "skip_bad"):
         del flags[name]
     flags = json.loads(json.dumps(flags))  # as they are read
-    if not path.exists() or args.overwrite:
+    if not (data_dir / NOTES).exists() or args.overwrite:
         return {"args": flags, "films": {}, "skipped": {}}
-    state = json.loads(path.read_text())
+    state = read_notes(data_dir / NOTES)
     began = {name: value for name, value in state["args"].items() if value != flags.get(name)}
     in_order = [name for name in films if name not in state["skipped"]]
     if in_order[: len(state["films"])] != list(state["films"]):
@@ -512,10 +574,13 @@ def main(args):
         refuse(f"--env-id {args.env_id!r} names folders: leave out slashes, colons and white space")
     if min(args.every, args.num_test_frames) < 1 or not args.cut_threshold > 0:
         refuse("--every and --num-test-frames must be 1 or more, --cut-threshold more than 0")
-    films = find_films(args)
-    of_paper = any(path.suffix == ".npz" for path in films.values())
-    if of_paper and (args.crop or args.labels or args.every > 1):
-        refuse("npz files hold labelled 64x64 frames: leave out --crop, --labels and --every")
+    if args.fps is not None and (args.every > 1 or not 0 < args.fps < float("inf")):
+        refuse(f"--fps {args.fps} --every {args.every}: expected one of both, --fps in frames a second")
+    kind, films, left_out = find_films(args)
+    if kind in LABELLED and (args.crop or args.labels or args.every > 1):
+        refuse(f"{kind} files hold labelled frames: leave out --crop, --labels and --every")
+    if kind != "films" and args.fps:
+        refuse(f"{kind} have no times: leave out --fps, or take --every")
     labels = {}
     action_names = None
     if args.labels:
@@ -534,7 +599,7 @@ def main(args):
     try:
         if "split" not in state:
             append_films(films, state, data_dir, args)
-        finish(films, state, labels, action_names, data_dir, args)
+        finish(kind, films, left_out, state, labels, action_names, data_dir, args)
     except OSError as e:
         refuse(f"{data_dir} cannot be written ({e}): make room, 12.3 kB a frame, and start it again")
     except KeyboardInterrupt:
