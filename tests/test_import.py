@@ -99,49 +99,40 @@ def test_images(tmp_path):
     assert np.array_equal(got.frames, noise[:, 50:114, 30:94])
 
 
-def noise(N, seed=0, channels=3, dtype=np.uint8):
-    """Pictures without any likeness: (N, 64, 64, channels)."""
-    highest = np.iinfo(dtype).max
-    x = np.random.default_rng(seed).integers(0, highest, (N, 64, 64, channels), dtype, endpoint=True)
-    return x if channels > 1 else x[..., 0]
+def noise(N, seed=0, channels=3):
+    """Pictures without any likeness: (N, 64, 64, channels) uint8."""
+    return np.random.default_rng(seed).integers(0, 256, (N, 64, 64, channels), dtype=np.uint8)
 
 
 def on_black(x):
     return (x[..., :3] * (x[..., 3:] / 255)).round()
 
 
-def write_kind(folder, kind):
-    """Images of one kind in a folder. Returns the pictures that they show: (N, 64, 64, 3)."""
-    folder.mkdir(parents=True)
-    suffixes, x = [".png"], noise(40)
+def draw(kind, t):
+    """An image of one kind, and what it shows."""
+    x = noise(1, t, channels=4 if kind == "alpha" else 3)[0]
     if kind == "16 bits":
-        x = np.arange(40, dtype=np.uint16)[:, None, None] * np.full((64, 64), 1000, dtype=np.uint16)
-        shown = np.repeat((x / 257).round()[..., None], 3, axis=3)
-    elif kind == "alpha":
-        x = noise(40, channels=4)
-        shown = on_black(x)
-    elif kind == "palette":
-        x[:, :32] = (200, 30, 40)
-        shown = np.where(np.arange(64)[None, :, None, None] < 32, 0, 255) * np.ones_like(x)
-    else:
-        suffixes, shown = [".png", ".webp", ".bmp", ".tiff"], x
-    for t, picture in enumerate(x):
-        image, more = Image.fromarray(picture), {}
-        if kind == "palette":
-            image = Image.new("P", (64, 64))
-            image.putpalette([200, 30, 40, 255, 255, 255])
-            image.paste(1, (0, 32, 64, 64))
-            more = {"transparency": 0}
-        image.save(folder / f"{t}{suffixes[t % len(suffixes)]}", lossless=True, **more)
-    return shown
+        grey = np.full((64, 64), 1000 * t, dtype=np.uint16)
+        return Image.fromarray(grey), np.repeat((grey / 257).round()[..., None], 3, axis=2)
+    if kind == "palette":
+        image = Image.fromarray(np.uint8(x[..., 0] > 99), "L").convert("P")
+        image.putpalette([200, 30, 40, 255, 255, 255])
+        image.info["transparency"] = 0
+        return image, np.repeat(255 * (x[..., :1] > 99), 3, axis=2)
+    return Image.fromarray(x), on_black(x) if kind == "alpha" else x
 
 
 @pytest.mark.parametrize("kind", ["16 bits", "alpha", "palette", "mixed"])
 def test_images_as_they_are_shown(tmp_path, kind):
     """16 bits are scaled to 8, what is transparent is black, and every still format is read, in order."""
-    shown = write_kind(tmp_path / "films/a", kind)
+    (tmp_path / "films").mkdir()
+    suffixes, shown = [".png", ".webp", ".bmp", ".tiff"] if kind == "mixed" else [".png"], []
+    for t in range(40):
+        image, x = draw(kind, t)
+        image.save(tmp_path / f"films/{t}{suffixes[t % len(suffixes)]}", lossless=True)
+        shown.append(x)
     got = run(tmp_path, "--cut-threshold", 1)
-    assert got.frames.shape == shown.shape and np.abs(got.frames - shown).max() <= 1
+    assert got.frames.shape == (40, 64, 64, 3) and np.abs(got.frames - np.stack(shown)).max() <= 1
 
 
 def test_gaps_between_images(tmp_path, capsys):
@@ -179,7 +170,7 @@ def write_labels(path, film, N):
 
 
 def test_frames_by_time(tmp_path, capsys):
-    """--fps takes what is on the screen at each tick; a long gap begins a stream; labels keep their frames."""
+    """--fps takes what is on the screen at each tick; a gap begins a stream; labels keep their frames."""
     steps = [33, 34, 33] * 8 + [150, 20, 30, 100, 250, 3000, *[13] * 40, 300, 100]
     times = np.cumsum([0, *steps])
     gap = steps.index(3000) + 1
@@ -199,7 +190,7 @@ def test_frames_by_time(tmp_path, capsys):
 
 
 def test_a_damaged_place(tmp_path, capsys):
-    """What can be decoded is kept, with its labels; a stream begins after the loss, which the last lines name."""
+    """What can be decoded is kept, with its labels; a stream begins after the loss, which is named."""
     base = noise(1)[0]
     x = np.stack([np.roll(base, 2 * t, axis=1) for t in range(120)])
     write_film(tmp_path / "films/a.mp4", x, gop=20)
@@ -235,11 +226,10 @@ def test_what_is_found(tmp_path, capsys):
     row = 8 * got.films.index("e\u0301.mkv")
     assert got.actions[row : row + 8].tolist() == [*range(8)] and (got.actions >= 0).sum() == 8
     out = capsys.readouterr().out
-    for words in ("hidden (.hidden.mkv)", "links to folders that are read already (loop)", "(--kind films)",
-                  "broken links (gone.mkv)", "of other kinds (notes.txt)", "which --kind images reads (a.jpg)"):  # fmt: skip
+    for words in ("hidden (.hidden.mkv)", "read already (loop)", "broken links (gone.mkv)", "(--kind films)",
+                  "of other kinds (notes.txt)", "which --kind images reads (a.jpg)"):  # fmt: skip
         assert words in out
-    got = refusal(tmp_path, SCRIPT, "films", "--kind", "images", "--overwrite")
-    assert "1 frames" in got
+    assert "1 frames" in refusal(tmp_path, SCRIPT, "films", "--kind", "images", "--overwrite")
 
 
 def test_cuts(tmp_path):
@@ -283,76 +273,61 @@ def test_labels(tmp_path, names):
     assert got.meta["num_actions"] == 3 and got.meta.get("action_names") == names
 
 
-@pytest.mark.parametrize("done_is_first", [False, True])
-def test_the_papers_npz(tmp_path, done_is_first):
-    """Arrays come out as they went in, for both meanings of done; only whole episodes have a return."""
-    rng, first, wanted = np.random.default_rng(0), np.isin(np.arange(40), [0, 7, 15, 30]), []
-    done = first if done_is_first else np.roll(first, -1)
-    for file in ("train/0", "train/2", "train/10", "test/0"):
-        obs = rng.integers(0, 20, (40, 64, 64, 3)) + np.cumsum(first)[:, None, None, None] * 70
-        obs, ta, rewards = obs.astype(np.uint8), rng.integers(15, size=40), rng.random(40)
-        path, returns = tmp_path / f"films/{file}.npz", np.full(40, np.nan)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(path, obs=obs, ta=ta, done=done, rewards=rewards, logits=np.zeros(3))
-        returns[7:15], returns[15:30] = rewards[7:15].sum(), rewards[15:30].sum()
-        wanted.append(dict(frames=obs, first=first, actions=ta, rewards=rewards, returns=returns))
-    got = run(tmp_path)
-    for name in wanted[0]:
-        np.testing.assert_allclose(getattr(got, name), np.concatenate([x[name] for x in wanted]), 1e-5)
-    returns = np.array([x["returns"][[7, 15]] for x in wanted[:3]])
-    score = {"return_mean": returns.mean(), "return_stderr": returns.std(ddof=1) / 6**0.5, "episodes": 6}
-    assert got.meta["demonstrator"] == pytest.approx(score)
-    assert got.meta["splits"]["test"]["num_frames"] == 40 and got.meta["num_actions"] == got.actions.max() + 1
-
-
 def arrow_of(x, form):
     """Pictures (N, H, W, 3) as a column of a parquet file."""
-    if form in ("bytes", "struct"):
-        files = []
-        for picture in x:
-            files.append(io.BytesIO())
-            Image.fromarray(picture).save(files[-1], "PNG")
-        files = [file.getvalue() for file in files]
-        return files if form == "bytes" else [{"bytes": file, "path": None} for file in files]
-    kind = pa.uint8() if form == "lists" else pa.int64()
-    for size in x.shape[:0:-1]:
-        kind = pa.list_(kind, -1 if form == "lists" else size)
-    return pa.array(x.tolist(), kind)
+    if form in ("lists", "fixed"):
+        kind = pa.uint8() if form == "lists" else pa.int64()
+        for size in x.shape[:0:-1]:
+            kind = pa.list_(kind, -1 if form == "lists" else size)
+        return pa.array(x.tolist(), kind)
+    files = []
+    for picture in x:
+        f = io.BytesIO()
+        Image.fromarray(picture).save(f, "PNG")
+        files.append(f.getvalue() if form == "bytes" else {"bytes": f.getvalue(), "path": None})
+    return files
 
 
 @pytest.mark.parametrize("done_is_first", [False, True])
-@pytest.mark.parametrize("form", ["lists", "fixed", "bytes", "struct"])
-def test_parquet(tmp_path, capsys, form, done_is_first):
-    """As Hugging Face has them: rows in order, episodes end at done or truncated, names say the split."""
-    first, wanted = np.isin(np.arange(40), [0, 7, 15, 30]), []
-    ends = first if done_is_first else np.roll(first, -1)
-    for i, name in enumerate(["train-10", "train-9", "test-0", "validation-0"]):
+@pytest.mark.parametrize("form", ["npz", "lists", "fixed", "bytes", "struct"])
+def test_npz_and_parquet(tmp_path, capsys, form, done_is_first):
+    """Arrays come out as they went in, for both meanings of done; only whole episodes have a return."""
+    first, wanted, files = np.isin(np.arange(40), [0, 7, 15, 30]), [], ["train/9", "train/10", "test/0"]
+    done = first if done_is_first else np.roll(first, -1)
+    early = np.arange(40) < 10
+    for i, file in enumerate([*files, "validation/0"]):
         rng = np.random.default_rng(i)
-        x = np.zeros((40, 64, 64, 3)) + np.cumsum(first)[:, None, None, None] * 60
-        x = (x + rng.integers(0, 15, x.shape)).astype(np.uint8)
-        actions, rewards = rng.integers(15, size=40).astype(np.uint8), rng.random(40).astype(np.float32)
-        truncated = ends & (np.arange(40) < 10)
-        columns = {"action": actions, "reward": rewards, "done": ends & ~truncated, "truncated": truncated}
-        (tmp_path / "films").mkdir(exist_ok=True)
-        table = pa.table({"observation": arrow_of(x, form), **columns})
-        pq.write_table(table, tmp_path / f"films/{name}.parquet", row_group_size=7)
-        returns = np.full(40, np.nan)
+        x = rng.integers(0, 15, (40, 64, 64, 3)) + np.cumsum(first)[:, None, None, None] * 60
+        x, actions, rewards = x.astype(np.uint8), rng.integers(15, size=40), rng.random(40, dtype=np.float32)
+        path, returns = tmp_path / "films" / file, np.full(40, np.nan)
+        path.parent.mkdir(parents=True, exist_ok=True)
         returns[7:15], returns[15:30] = rewards[7:15].sum(), rewards[15:30].sum()
         wanted.append(dict(frames=x, first=first, actions=actions, rewards=rewards, returns=returns))
+        if form != "npz":
+            columns = {"action": actions, "reward": rewards, "done": done & early, "truncated": done & ~early}
+            table = pa.table({"observation": arrow_of(x, form), **columns})
+            pq.write_table(table, f"{path.parent}-{path.name}.parquet", row_group_size=7)
+        elif file in files:
+            np.savez_compressed(
+                f"{path}.npz", obs=x, ta=actions, done=done, rewards=rewards, logits=np.zeros(3)
+            )
     got = run(tmp_path)
     for name in wanted[0]:
-        arrays = [wanted[i][name] for i in (1, 0, 2)]
+        arrays = [x[name] for x in wanted[:3]]
         np.testing.assert_allclose(getattr(got, name), np.concatenate(arrays), 1e-5)
-    assert got.films == ["train-9.parquet", "train-10.parquet", "test-0.parquet"]
-    assert got.meta["splits"]["test"]["num_frames"] == 40 and got.meta["demonstrator"]["episodes"] == 4
-    assert "not named train or test (validation-0.parquet)" in capsys.readouterr().out
+    end, sign = (".npz", "/") if form == "npz" else (".parquet", "-")
+    assert got.films == [file.replace("/", sign) + end for file in files]
+    returns = np.array([x["returns"][[7, 15]] for x in wanted[:2]])
+    score = {"return_mean": returns.mean(), "return_stderr": returns.std(ddof=1) / 4**0.5, "episodes": 4}
+    assert got.meta["demonstrator"] == pytest.approx(score)
+    assert got.meta["splits"]["test"]["num_frames"] == 40 and got.meta["num_actions"] == got.actions.max() + 1
+    assert ("train or test (validation-0.parquet)" in capsys.readouterr().out) == (form != "npz")
 
 
-@pytest.mark.parametrize("rows", [20, 200])
-def test_parquet_is_streamed(tmp_path, rows):
-    """A part of a file is in memory, also of one with large row groups: Arrow takes 16 bytes a number."""
+def test_parquet_is_streamed(tmp_path):
+    """A part of a row group is in memory: Arrow takes 16 bytes a number."""
     table = pa.table({"observation": arrow_of(noise(200), "lists")})
-    pq.write_table(table, tmp_path / "a.parquet", row_group_size=rows)
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=200)
     del table
     before = pa.total_allocated_bytes()
     frames = reading_videos.read_parquet(tmp_path / "a.parquet")
@@ -419,7 +394,7 @@ def test_refusals(tmp_path, monkeypatch):
     before = files_of(tmp_path / "data")
     cases = {  # flags, or rows of the labels: words of the sentence
         "nowhere": "not there", "none": "nothing", "twice": "0.bmp and 0.png", "broken": "b.mp4 is unusable",
-        "float": "floating-point", "twice/b/0.png": "single image", "p": "2 games", "p/a": "reward: expected obs",
+        "float": "floating-point", "twice/b/0.png": "single image", "p": "2 games", "p/a": "expected observ",
         "q": "shape (1, 2)", "films --kind npz": "expected npz", "films --fps 0": "--fps 0",
         "films --fps 9 --every 2": "one of both", "twice --fps 9": "images have no times",
         "x": "obs.npy", "y": "(9, 32, 32, 3)", "x --every 2": "npz", "x/train": "test/INT.npz",
