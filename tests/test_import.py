@@ -377,13 +377,9 @@ def test_refusals(tmp_path, monkeypatch):
     shutil.copy(tmp_path / "twice/b/0.png", tmp_path / "twice/b/0.bmp")
     Image.fromarray(np.ones((64, 64), dtype=np.float32)).save(tmp_path / "float/b/0.tiff")
     (tmp_path / "float/b/0.png").unlink()
-    for name, columns in {
-        "p/a/train-0": {},
-        "p/b/train-0": {},
-        "q/test-0": {"observation": [[[1, 2]]]},
-    }.items():
+    for name, column in {"p/a/train-0": "screen", "p/b/train-0": "screen", "q/test-0": "observation"}.items():
         (tmp_path / name).parent.mkdir(parents=True)
-        pq.write_table(pa.table({"reward": [1.0], **columns}), tmp_path / f"{name}.parquet")
+        pq.write_table(pa.table({column: [[[1, 2]]]}), tmp_path / f"{name}.parquet")
     (tmp_path / "none").mkdir()
     for name, size in {"x/train": 0, "x/test": 0, "y/train": 32, "y/test": 32, "broken": 0}.items():
         (tmp_path / name).mkdir(parents=True)
