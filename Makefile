@@ -33,6 +33,7 @@ format: $(STAMP)
 	$(BIN)python -m ruff format .
 
 $(STAMP): requirements.txt
+	@$(PYTHON3) -c 'import sys; sys.exit("error: this is Python %d.%d, needed is 3.11 or newer: PYTHON3=python3.12 make $(MAKECMDGOALS)" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(if $(BIN),test -x .venv/bin/python || $(PYTHON3) -m venv .venv)
 	$(BIN)python -m pip install -q -r requirements.txt
 	touch $@

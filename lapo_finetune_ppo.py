@@ -23,6 +23,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import gymnasium
@@ -542,9 +543,9 @@ def main(args):
 def make_env(env_id, num_envs, num_levels, start_level, seed):
     """E games: act(actions), observe() -> reward (E,), {"rgb": (E, 64, 64, 3) uint8}, first (E,).
 
-    Procgen's, easy mode. Small worlds, and Procgen's games from Python 3.13 on, are of tools/worlds.py.
+    Procgen's, easy mode. Small worlds, and Procgen's games on Python 3.13, are of tools/worlds.py.
     """
-    if sys.version_info < (3, 13) and env_id not in gymnasium.registry and ":" not in env_id:
+    if find_spec("procgen") and env_id not in gymnasium.registry and ":" not in env_id:
         import gym_notices.notices
 
         gym_notices.notices.notices.clear()  # else the next import prints four lines about gym's future

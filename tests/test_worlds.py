@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 
 import gymnasium
 import numpy as np
@@ -148,6 +149,14 @@ def test_worlds_that_cannot_be_played(tmp_path, env_id):
     """Continuous actions, packages and worlds that are not there: one sentence that names the flag."""
     assert f"--env-id {env_id}" in refusal(tmp_path, "ppo_procgen", "--env-id", env_id)
     assert not (tmp_path / "runs").exists()
+
+
+def test_where_procgen_has_no_build(tmp_path, monkeypatch):
+    """A sentence says so for its games; other worlds play."""
+    monkeypatch.setattr(ppo, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "procgen_gym.env", None)  # as if it were not installed
+    assert "Linux on x86-64" in refusal(tmp_path, "ppo_procgen", "--env-id", "coinrun")
+    assert ppo.make_env("CartPole-v1", 1, 0, 0, 1).num_actions == 2
 
 
 def test_scores_of_what_nobody_can_play(work):

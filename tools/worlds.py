@@ -164,8 +164,11 @@ class ProcgenWorlds:
     """Procgen's games of procgen-gym, easy mode, without gym and gym3: the interface of ProcgenGym3Env."""
 
     def __init__(self, env_id, num, num_levels, start_level, seed):
-        from procgen_gym.env import ENV_NAMES, ProcgenVecEnv
-
+        try:
+            from procgen_gym.env import ENV_NAMES, ProcgenVecEnv
+        except ImportError:
+            builds = "Procgen has builds for Linux on x86-64 and Python 3.11 to 3.13 alone"
+            sys.exit(f"error: --env-id {env_id} is no world of gymnasium, nor is Procgen installed: {builds}")
         if env_id not in ENV_NAMES:
             sys.exit(f"error: --env-id {env_id} is none of {', '.join(ENV_NAMES)}, nor a world of gymnasium")
         self.games = ProcgenVecEnv(
