@@ -380,6 +380,7 @@ def main(args):
             metrics = evaluate(lapo, test, args.eval_windows, device, autocast)
             for name, value in metrics.items():
                 writer.add_scalar(name, value, step)
+            writer.add_image("test/now_next_predicted", draw_predictions(lapo, test, device, autocast), step)
             curve.append({"update": step, "train/fdm_loss": fdm_loss.item(), **metrics})
             shown = {name.split("/")[1]: f"{value:.3g}" for name, value in metrics.items()}
             progress.set_postfix(shown, refresh=False)
@@ -453,6 +454,23 @@ def evaluate(lapo, test, num_windows, device, autocast):
         z = torch.cat(latents).cpu().numpy()  # (n, latent_dim)
         metrics["probe/balanced_accuracy"] = linear_probe(z, actions[t])
     return metrics
+
+
+@torch.no_grad()
+def draw_predictions(lapo, test, device, autocast):
+    """An image (3, 192, 64 n) of n = 8 test windows, a column each: o_t, o_{t+1}, o^_{t+1}."""
+    t = np.random.default_rng(0).permutation(test.windows)[:8]
+    windows = get_windows(test, t, device)
+    lapo.eval()
+    with autocast:
+        prediction, _, _ = lapo(windows)
+    lapo.train()
+    now = windows[:, 3:6]
+    following = windows[:, 6:]
+    rows = torch.stack([now, following, prediction])  # (3, 8, 3, 64, 64)
+    image = rows.permute(2, 0, 3, 1, 4)
+    image = image.reshape(3, 192, -1) + 0.5
+    return image.clamp(0, 1)
 
 
 def other_windows(episode):

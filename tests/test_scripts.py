@@ -1,6 +1,7 @@
 """The stages end to end at toy size: what they write, what each one trains, labels left alone, schedules."""
 
-import json  # noqa: I001
+import io  # noqa: I001
+import json
 
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ from conftest import (
     ENV_ID, GAMES, NO_SL, RUNS, STAGES, TOY, bc, decode, finetune, games, inline, link_tree, load, look, ppo,
     pretrain, replace, results_of, run_dir, same, same_networks, scalars,
 )  # fmt: skip
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_data import split_args
 
 HOLDS = {  # stage: what its checkpoint holds beside what all hold, what its logs hold, their last step
     "ppo_procgen": ("agent num_levels start_level returns", "charts/learning_rate losses/policy_loss", 2048),
@@ -241,6 +245,20 @@ def test_online_decoder_sees_aligned_transitions_of_one_episode(work, monkeypatc
     assert len(z) == windows  # none lost, none across an episode's end or between rollouts
     assert len(action_of) > 0.9 * windows  # most windows are unlike any other
     assert all(action in action_of[window_of[x.numpy().tobytes()]] for x, action in zip(z, a))
+
+
+def test_pictures_of_predictions(pipeline):
+    """Each evaluation logs an image whose upper rows are test frames."""
+    folder = pipeline.checkpoints["lapo_pretrain"].parent
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    images = events.Images("test/now_next_predicted")
+    assert [image.step for image in images] == [3, 6]
+    image = np.asarray(Image.open(io.BytesIO(images[0].encoded_image_string)))
+    test = pretrain.load_dataset(split_args(pipeline.data))[2]
+    t = np.random.default_rng(0).permutation(test.windows)[:8]
+    frames = np.concatenate([np.concatenate(test[t + k], axis=1) for k in (0, 1)])
+    assert image.shape == (192, 512, 3) and np.abs(image[:128].astype(int) - frames).max() <= 1
 
 
 def test_a_collapsed_codebook(work, capsys):
