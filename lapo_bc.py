@@ -300,6 +300,7 @@ def main(args):
             print(f"The features span only {rank:.1f} of 256 directions: what starts from them will be weak")
         print(f"next: python lapo_decode.py --env-id {args.env_id} --runs-dir {args.runs_dir}")
     if WORLD_SIZE > 1:
+        del model  # first: freed after the process group, DDP can wait for its threads forever
         dist.destroy_process_group()
 
 

@@ -408,6 +408,7 @@ def main(args):
             print(f"Hardly more than one code in use ({', '.join(collapsed)}): try more slots, or --no-vq")
         print(f"next: python lapo_bc.py --env-id {args.env_id} --runs-dir {args.runs_dir}")
     if WORLD_SIZE > 1:
+        del model  # first: freed after the process group, DDP can wait for its threads forever
         dist.destroy_process_group()
 
 
