@@ -492,6 +492,7 @@ def print_losses(state, left_out):
     """What the dataset does not hold of the films, and what else was left out, why and how many."""
     causes = {
         "lost": "of its frames cannot be decoded: a new stream begins after them",
+        "broken": "place at which its file cannot be read any further: what follows is left out",
         "missing": "numbers are missing in the names of its images: a new stream begins after them",
         "repeated": "frames are there again, as its own rate is lower than --fps",
     }

@@ -102,16 +102,17 @@ def read_film(film, stream, notes):
     lost = 0  # frames since then
     error = None  # the last one, until a key frame follows what it lost
     smeared = False
-    for packet in packets_of(film, stream):
+    for packet in packets_of(film, stream, notes):
         if packet.pts is not None:
             heapq.heappush(waiting, packet.pts)
         try:
             pictures = packet.decode()
         except av.FFmpegError as e:
             error = e
-            lost += packet.pts is None
+            lost += packet.pts is None and packet.size > 0
             continue
-        for picture in pictures:
+        while pictures:
+            picture = pictures.pop(0)
             time = last if picture.pts is None else picture.pts
             if error and time < last:
                 continue  # too late, as players see it: it is counted as lost
@@ -132,19 +133,26 @@ def read_film(film, stream, notes):
             notes["lost"] += lost
             number += lost
             lost = 0
+            notes["read"] = number + 1
             yield Frame(number, picture, begins)
+            del picture  # the decoder takes its memory for the next one
             number += 1
     if error and not number:
         raise error
     if error:
-        notes["lost"] += lost + len(waiting)
+        lost += len(waiting)
+        notes["lost"] += lost
+        notes["read"] += lost
 
 
-def packets_of(film, stream):
+def packets_of(film, stream, notes):
     """A film's packets up to its end, or to where its file is broken, and one that empties the decoder."""
     try:
         yield from film.demux(stream)
     except av.FFmpegError:
+        if not notes["read"]:
+            raise
+        notes["broken"] += 1
         last = av.Packet()
         last.stream = stream
         yield last
@@ -202,6 +210,7 @@ def read_images(images, files, notes):
         image = Image.open(path)
         pages = ImageSequence.Iterator(image) if image.format in SEQUENCES else [image]
         for i, page in enumerate(pages):
+            notes["read"] = number + 1
             yield Frame(number, to_rgb(page), begins=i == 0 and path in missing)
             number += 1
 
@@ -374,12 +383,18 @@ class Shrinker:
         self.args = args
         self.to_rgba = VideoReformatter()  # a film keeps its tables: up to twice as fast
         self.to_small = VideoReformatter()
+        self.rotation = None  # of the last frame, and its display matrix
+        self.matrix = None
 
     def __call__(self, picture):
         size = self.args.size
         if isinstance(picture, av.VideoFrame):
             frame = picture
-            if self.args.crop or is_transparent(frame) or frame.side_data.get("DISPLAYMATRIX"):
+            if frame.rotation != self.rotation:  # frame.side_data keeps the frame in memory: ask seldom
+                self.rotation = frame.rotation
+                matrix = frame.side_data.get("DISPLAYMATRIX")
+                self.matrix = matrix and np.frombuffer(matrix, dtype=np.int32).tolist()
+            if self.args.crop or self.matrix or is_transparent(frame):
                 frame = self.crop(self.as_shown(frame))
         else:
             if picture.shape == (size, size, 3) and not self.args.crop:
@@ -395,11 +410,10 @@ class Shrinker:
             x = to_rgb(Image.fromarray(x)) if x[..., 3].min() < 255 else x[..., :3]
         else:
             x = self.to_rgba.reformat(frame, format="rgb24", threads=1).to_ndarray()  # (H, W, 3)
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-        if matrix is None:
+        if not self.matrix:
             return x
         # a pixel at column p and row q is shown at column a p + c q and row b p + d q
-        a, b, _, c, d = np.frombuffer(matrix, dtype=np.int32)[:5].tolist()
+        a, b, _, c, d = self.matrix[:5]
         if abs(a) < abs(b):
             x = x.transpose(1, 0, 2)
             a, d = c, b
@@ -426,20 +440,13 @@ def is_transparent(frame):
     return frame.format.has_palette or any(channel.is_alpha for channel in channels)
 
 
-def counted(frames, notes):
-    """The same frames; notes["read"] is how many the film has, with those that were lost."""
-    for frame in frames:
-        notes["read"] = frame.number + 1
-        yield frame
-
-
 def open_film(path, args, notes):
     """About how many frames a film gives, and an iterator over them, their pictures (64, 64, 3) uint8.
 
-    As they are read, notes gets "read", how many the film has; "lost", not decoded; "missing", skipped by the
-    numbers in names; "repeated", longer on the screen than a step of --fps.
+    As they are read, notes gets "read", how many frames a film or folder has; "lost", not decoded;
+    "broken", 1 where its file ends too early; "missing", skipped by the numbers in names; "repeated", longer on the screen than a step of --fps.
     """
-    notes.update(read=0, lost=0, missing=0, repeated=0)
+    notes.update(read=0, lost=0, broken=0, missing=0, repeated=0)
     rate = None  # frames a second
     if path.suffix == ".npz":
         N = len(open_npz(path)[1].actions)
@@ -462,15 +469,15 @@ def open_film(path, args, notes):
         rate = stream.average_rate
         N = stream.frames or (film.duration or 0) / av.time_base * (rate or 0)
         frames = read_film(film, stream, notes)
-    frames = counted(frames, notes)
+
+    shrink = Shrinker(args)
     if args.fps:
         N = N * args.fps / rate if rate else N
         frames = at_times(frames, args.fps, notes)
     elif args.every > 1:
         N = N / args.every
         frames = every_nth(frames, args.every)
-    shrink = Shrinker(args)
-    return int(N), (frame._replace(picture=shrink(frame.picture)) for frame in frames)
+    return int(N), map(lambda frame: frame._replace(picture=shrink(frame.picture)), frames)
 
 
 def check_names(images):
