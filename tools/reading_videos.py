@@ -443,8 +443,9 @@ def is_transparent(frame):
 def open_film(path, args, notes):
     """About how many frames a film gives, and an iterator over them, their pictures (64, 64, 3) uint8.
 
-    As they are read, notes gets "read", how many frames a film or folder has; "lost", not decoded;
-    "broken", 1 where its file ends too early; "missing", skipped by the numbers in names; "repeated", longer on the screen than a step of --fps.
+    As they are read, notes gets "read", how many frames a film or folder has; "lost", not decoded; "broken",
+    1 where its file ends too early; "missing", skipped by the numbers in names; "repeated", longer on the
+    screen than a step of --fps.
     """
     notes.update(read=0, lost=0, broken=0, missing=0, repeated=0)
     rate = None  # frames a second
