@@ -523,7 +523,7 @@ def load_checkpoint(path, stage, env_id):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = [checkpoint["stage"], checkpoint["env_id"], checkpoint["format_version"]]
-    except Exception as e:  # not there, or its run is unfinished, or no checkpoint: of many kinds
+    except Exception as e:  # a missing or damaged file raises many kinds
         refuse(f"{path} is no checkpoint of a finished run ({type(e).__name__}): {again}")
     expected = [stage, env_id, FORMAT_VERSION]
     if found != expected:

@@ -515,7 +515,8 @@ def main(args):
         returns = evaluate(
             lambda obs: agent(agent.features(obs, autocast))[0], env, args.eval_episodes, device
         )
-        low, high = (data.get(who, {}).get("return_mean", np.nan) for who in ("random", "demonstrator"))
+        low = data.get("random", {}).get("return_mean", np.nan)  # datasets of films have no scores
+        high = data.get("demonstrator", {}).get("return_mean", np.nan)
         origin = {"pretrain_args": pretrain_args, "bc_args": cloned["args"], "data": data}
         results = {
             "return_mean": float(returns.mean()),
@@ -597,7 +598,7 @@ def load_checkpoint(path, stage, env_id):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = [checkpoint["stage"], checkpoint["env_id"], checkpoint["format_version"]]
-    except Exception as e:  # not there, or its run is unfinished, or no checkpoint: of many kinds
+    except Exception as e:  # a missing or damaged file raises many kinds
         refuse(f"{path} is no checkpoint of a finished run ({type(e).__name__}): {again}")
     expected = [stage, env_id, FORMAT_VERSION]
     if found != expected:

@@ -5,8 +5,8 @@ latents.csv    the same to read, codes as "3 17 ..."; without z, which has many 
 captions.mp4   with --film: that film as the IDM sees it, each frame with its group and codes under it
 
 A window's latent says what happens from its frame to the next one. `frame` counts from 0 in the film as it
-was before --every; with --fps it is the number of the sample. Groups are k-means clusters of the latents, 0
-the largest one.
+was before --every; with --fps it is the number of the sample, and frames that could not be decoded do not
+count. Groups are k-means clusters of the latents, 0 the largest one.
 
     python -m tools.export_latents --env-id my_videos
     python -m tools.export_latents --env-id my_videos --film holiday/beach.mp4
