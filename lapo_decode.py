@@ -38,7 +38,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 FORMAT_VERSION = 5  # of checkpoints
-PLACES = ("data_dir", "bc_checkpoint", "runs_dir", "overwrite", "cuda")  # no arguments of the method
+# flags that are no arguments of the method
+PLACES = "data_dir bc_checkpoint runs_dir overwrite cuda track wandb_project_name wandb_entity".split()
 # progress: a bar in a terminal, a line a minute in a file
 BAR = {} if sys.stderr.isatty() else {"mininterval": 60, "bar_format": "{l_bar}{r_bar}\n"}
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
@@ -75,6 +76,9 @@ class Args:
     # run
     runs_dir: str = "runs"  # where run folders are made
     overwrite: bool = False  # begin anew; else a finished run is kept, and an unfinished one goes on
+    track: bool = False  # send the same logs to Weights & Biases
+    wandb_project_name: str = "lapo"  # its project
+    wandb_entity: str | None = None  # its team; default: your own
     cuda: bool = True  # use CUDA, or another accelerator that torch knows, where there is one
     bf16: bool = False  # forward passes in bfloat16
 
@@ -265,6 +269,7 @@ def main(args):
     data, train, actions, labelled = load_labelled_frames(args)
     folder, resumed = open_folder(args)
     began = time.time() - resumed.get("seconds", 0)
+    writer = make_writer(args, folder, 0)
 
     # the frozen networks of stages 2 and 3
     pretrain_args = cloned["pretrain_args"]
@@ -316,7 +321,6 @@ def main(args):
         save(folder / "resume.pt", {**describe(args), **state})
 
     results = report_returns(plan, np.array(played), data)
-    writer = SummaryWriter(folder)
     for row in results["curve"]:
         writer.add_scalar(f"{row['method']}/return_mean", row["return_mean"], row["n_labels"])
     writer.close()
@@ -581,6 +585,23 @@ def open_folder(args, places=PLACES):
             was = f"--{name.replace('_', '-')} {resumed['args'][name]}"
             refuse(f"{folder} holds an unfinished run with {was}: repeat that, or --overwrite it")
     return folder, resumed
+
+
+def make_writer(args, folder, step):
+    """TensorBoard's writer, for logs after `step`; with --track Weights & Biases gets the same."""
+    if args.track:
+        try:
+            import wandb
+        except ImportError:
+            refuse("--track needs Weights & Biases: `pip install wandb`, then `wandb login`")
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            name=folder.name,
+            config=vars(args),
+            sync_tensorboard=True,
+        )
+    return SummaryWriter(folder, purge_step=step + 1)
 
 
 def describe(args):

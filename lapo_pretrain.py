@@ -43,7 +43,8 @@ from tqdm import tqdm
 
 FORMAT_VERSION = 5  # of checkpoints
 SAVE_SECONDS = 60  # between the states from which an interrupted run goes on
-PLACES = ("data_dir", "runs_dir", "overwrite", "cuda")  # no arguments of the method
+# flags that are no arguments of the method
+PLACES = "data_dir runs_dir overwrite cuda track wandb_project_name wandb_entity".split()
 # progress: a bar in a terminal, a line a minute in a file
 BAR = {} if sys.stderr.isatty() else {"mininterval": 60, "bar_format": "{l_bar}{r_bar}\n"}
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
@@ -81,6 +82,9 @@ class Args:
     # run
     runs_dir: str = "runs"  # where run folders are made
     overwrite: bool = False  # begin anew; else a finished run is kept, and an unfinished one goes on
+    track: bool = False  # send the same logs to Weights & Biases
+    wandb_project_name: str = "lapo"  # its project
+    wandb_entity: str | None = None  # its team; default: your own
     cuda: bool = True  # use CUDA, or another accelerator that torch knows, where there is one
     bf16: tyro.conf.DisallowNone[bool | None] = None  # forward passes in bfloat16; default: on CUDA GPUs
 
@@ -342,7 +346,7 @@ def main(args):
     if WORLD_SIZE > 1:  # averages gradients; codebooks have their own all-reduce, batch statistics none
         model = DistributedDataParallel(lapo, forward_sync_buffers=False)
     if RANK == 0:
-        writer = SummaryWriter(folder, purge_step=done + 1)
+        writer = make_writer(args, folder, done)
     saved = time.time()
     updates = range(done + 1, args.num_updates + 1)
     progress = tqdm(updates, "pretrain", args.num_updates, initial=done, disable=RANK > 0, **BAR)
@@ -610,6 +614,23 @@ def open_folder(args):
             was = f"--{name.replace('_', '-')} {resumed['args'][name]}"
             refuse(f"{folder} holds an unfinished run with {was}: repeat that, or --overwrite it")
     return folder, resumed
+
+
+def make_writer(args, folder, step):
+    """TensorBoard's writer, for logs after `step`; with --track Weights & Biases gets the same."""
+    if args.track:
+        try:
+            import wandb
+        except ImportError:
+            refuse("--track needs Weights & Biases: `pip install wandb`, then `wandb login`")
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            name=folder.name,
+            config=vars(args),
+            sync_tensorboard=True,
+        )
+    return SummaryWriter(folder, purge_step=step + 1)
 
 
 def check_finite(network, step):

@@ -30,7 +30,6 @@ import torch
 import tyro
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from lapo_decode import (
@@ -43,6 +42,7 @@ from lapo_decode import (
     get_windows,
     load_checkpoint,
     load_labelled_frames,
+    make_writer,
     open_folder,
     play,
     refuse,
@@ -50,7 +50,8 @@ from lapo_decode import (
     save,
 )
 
-PLACES = ("data_dir", "runs_dir", "overwrite", "cuda")  # no arguments of the method
+# flags that are no arguments of the method
+PLACES = "data_dir runs_dir overwrite cuda track wandb_project_name wandb_entity".split()
 
 
 @dataclass
@@ -84,6 +85,9 @@ class Args:
     # run
     runs_dir: str = "runs"  # where run folders are made
     overwrite: bool = False  # begin anew; else a finished run is kept, and an unfinished one goes on
+    track: bool = False  # send the same logs to Weights & Biases
+    wandb_project_name: str = "lapo"  # its project
+    wandb_entity: str | None = None  # its team; default: your own
     cuda: bool = True  # use CUDA, or another accelerator that torch knows, where there is one
     bf16: tyro.conf.DisallowNone[bool | None] = None  # forward passes in bfloat16; default: on CUDA GPUs
 
@@ -189,6 +193,7 @@ def main(args):
     data, train, actions, labelled = load_labelled_frames(args)
     folder, resumed = open_folder(args, PLACES)
     began = time.time() - resumed.get("seconds", 0)
+    writer = make_writer(args, folder, 0)
 
     known = actions[train.windows] >= 0  # windows whose true action is in the dataset
     unlabelled = train.windows[:: 1 + len(train.windows) // 1024]  # to standardise features
@@ -233,7 +238,6 @@ def main(args):
     print(f"right pseudo-labels, by the number of labels: {accuracy}")
     plan = [(n, args.exp_name) for n in args.num_labels]
     results = report_returns(plan, np.array(played), data)
-    writer = SummaryWriter(folder)
     for row in results["curve"]:
         writer.add_scalar(f"{args.exp_name}/return_mean", row["return_mean"], row["n_labels"])
     writer.close()

@@ -58,7 +58,7 @@ def test_lines_are_not_packed(path):
 
 
 def test_the_loop_comes_early():
-    """It begins before 62% of a stage; all six together have at most 28,650 nodes."""
+    """It begins before 62% of a stage; all six together have at most 29,060 nodes."""
     paths = [ROOT / f"{stage}.py" for stage in STAGES]
     for path in paths:
         (main,) = [node for node in nodes(path, ast.FunctionDef) if node.name == "main"]
@@ -68,7 +68,7 @@ def test_the_loop_comes_early():
         at = max(calls or loops, key=lambda node: node.end_lineno - node.lineno).lineno
         assert at < 0.62 * len(path.read_text().splitlines()), path.name
     total = sum(len(nodes(path)) for path in paths)
-    assert total <= 28_650
+    assert total <= 29_060
 
 
 def test_repeated_definitions_are_identical():

@@ -2,6 +2,7 @@
 
 import json  # noqa: I001
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -177,3 +178,18 @@ def test_a_dead_idm(work, monkeypatch):
     message = refusal(work, "lapo_pretrain", *TOY["lapo_pretrain"], *FRESH)
     assert "dead at update 3" in message and "--learning-rate" in message
     assert not (work / run_dir("fresh") / "results.json").exists()
+
+
+def test_tracking(pipeline, tmp_path, monkeypatch):
+    """--track gives Weights & Biases scalars, pictures, arguments; without wandb a sentence says so."""
+    flags = [*TOY["lapo_pretrain"], *FRESH, "--track"]
+    cwd = inputs(pipeline, tmp_path / "there", "lapo_pretrain")
+    running = process("lapo_pretrain", *flags, cwd=cwd, WANDB_MODE="offline", WANDB_DIR=str(cwd))
+    _, err = running.communicate(timeout=120)
+    assert running.returncode == 0, err
+    (log,) = cwd.glob("wandb/offline-run-*/run-*.wandb")
+    content = log.read_bytes()
+    expected = "losses/fdm_loss", "test/now_next_predicted", f"{ENV_ID}__fresh__1", "vq_num_codes"
+    assert [word for word in expected if word.encode() not in content] == []
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
+    assert "pip install wandb" in refusal(cwd, "lapo_pretrain", *flags, "--overwrite")
