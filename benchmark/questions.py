@@ -703,7 +703,7 @@ PANELS = {  # question: what x is, panels [(title, [(measure, n_labels)])]
         "rate of random actions (FrozenLake), of sticky ones (coinrun)",
         [
             PREDICTION,
-            ("latents tell of actions, bits", TOLD),
+            ("what tells how many bits of which action", TOLD),
             ("play", [FEW, ("cloning", 128), RL, PPO, BLIND]),
         ],
     ),
@@ -711,7 +711,10 @@ PANELS = {  # question: what x is, panels [(title, [(measure, n_labels)])]
         "codebooks x slots x codes",
         [
             PREDICTION,
-            ("bits", [("bits in use", ""), ("bits, carried out", ""), ("bits, carried out, quantised", "")]),
+            (
+                "bits of information",
+                [("bits in use", ""), ("bits, carried out", ""), ("bits, carried out, quantised", "")],
+            ),
             ("k-means and actions", [("purity, meant", ""), ("purity, shuffled", "")]),
             ("play", [FEW, RL]),
             (f"labels for a share ({NEVER:,}: never)", [("labels for 0.5", ""), ("labels for 0.8", "")]),
@@ -736,6 +739,23 @@ PANELS = {  # question: what x is, panels [(title, [(measure, n_labels)])]
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#999999", "#56B4E9"]  # Okabe and Ito
 
 
+LEGENDS = {  # of measures whose names do not say what they are
+    "loss": "the forward model's, on test windows",
+    "loss of copying": "copying the last frame",
+    "bits, meant": "latents, of the demonstrator's action",
+    "bits, meant, untrained IDM": "an untrained IDM's, of the demonstrator's action",
+    "bits, carried out": "latents, of the action carried out",
+    "bits, carried out, untrained IDM": "an untrained IDM's, of the action carried out",
+    "bits of meant in carried out": "the action carried out, of the demonstrator's",
+    "bits in use": "entropy of the codes, at most",
+    "bits, carried out, quantised": "quantised latents, of the action carried out",
+    "purity, meant": "purity with the demonstrator's actions",
+    "purity, shuffled": "purity with shuffled actions",
+    "labels for 0.5": "labels for half of the demonstrator's return",
+    "labels for 0.8": "labels for 0.8 of it",
+}
+
+
 def numbers(answers, variant, title, measure, n):
     """What a panel shows of a variant: (seeds,)."""
     if measure.startswith("labels for"):
@@ -752,7 +772,9 @@ def plot_panel(ax, question, answers, title, lines):
         x.append(float(variant) if variant[-1].isdigit() else i)  # or names
     for color, (measure, n) in zip(COLORS, lines):
         values = [numbers(answers, variant, title, measure, n) for variant in answers.variants]
-        name = f"{measure}, {n} labels" if n else measure
+        name = LEGENDS.get(measure, measure)
+        if n:
+            name += f", {n} labels"
         if question == "video":
             name += slope(x, values)
         draw(ax, x, values, color, name)
@@ -767,7 +789,7 @@ def plot_panel(ax, question, answers, title, lines):
         ax.set_xticks(x, names, fontsize=8)
     if title == "play":
         ax.axhline(1, color="#333333", ls=":", lw=1)
-    ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
+    ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=1 if len(lines) > 2 else 2)
 
 
 def plot(question, games, path):
