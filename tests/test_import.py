@@ -183,7 +183,8 @@ def test_frames_by_time(tmp_path, capsys):
         ticks = np.arange(part[0], part[-1] + 1, 100)
         wanted.append(np.searchsorted(times, ticks + 9, side="right") - 1)
     numbers = np.concatenate(wanted)
-    assert np.array_equal(got.actions, numbers) and np.abs(got.frames - x[numbers].astype(int)).max() <= 1
+    assert np.array_equal(got.actions, numbers) and np.array_equal(got.frame, numbers)
+    assert np.abs(got.frames - x[numbers].astype(int)).max() <= 1
     assert got.begins == [0, len(wanted[0]), len(numbers) - 5]
     repeated = (np.diff(numbers) == 0).sum()
     assert repeated > 2 and f"a.mkv: {repeated} frames are there again" in capsys.readouterr().out

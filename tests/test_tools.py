@@ -154,12 +154,13 @@ def test_report_without_labels_and_vq(pipeline, tmp_path):
 
 
 def test_a_table_of_latents(pipeline, tmp_path, lapo, test):
-    """A row a window: film, frame, the IDM's latent and its codes; a film's end may be the test split."""
+    """A row a window: film, its frame, the IDM's latent, its codes; a film's end may be the test split."""
     cwd = link_tree(pipeline.cwd, tmp_path / "work")
     meta = json.loads((cwd / "data" / ENV_ID / "meta.json").read_text())
     meta["splits"]["train"]["films"] = {"a.mp4": 1500, "b.mp4": 500}
     meta["splits"]["test"]["films"] = {"b.mp4": 400}
-    meta["args"]["every"] = 2
+    np.save(cwd / "data" / ENV_ID / "train" / "frame.npy", np.arange(2000))
+    np.save(cwd / "data" / ENV_ID / "test" / "frame.npy", 7 + 2 * np.arange(len(test.first)))
     replace(cwd / "data" / ENV_ID / "meta.json", json.dumps(meta))
     assert "c.mp4" in refusal(cwd, "tools/export_latents", "--env-id", ENV_ID, "--film", "c.mp4")
     inline(cwd, "tools/export_latents", "--env-id", ENV_ID, "--film", "b.mp4", "--no-cuda")
@@ -167,7 +168,7 @@ def test_a_table_of_latents(pipeline, tmp_path, lapo, test):
     table, found = rows(folder / "latents.csv"), np.load(folder / "latents.npz")
     own = found["split"] == "test"
     assert len(table) == len(own) and own.sum() == len(test.windows) and set(found["film"][own]) == {"b.mp4"}
-    assert np.array_equal(found["frame"][own], 2 * (500 + test.windows))
+    assert np.array_equal(found["frame"][own], 7 + 2 * test.windows)
     z = lapo.idm(pretrain.get_windows(test, test.windows, "cpu"))
     np.testing.assert_allclose(found["z"][own], z, atol=1e-5)
     assert [row["codes"].split() for row in table] == found["codes"].reshape(len(table), -1).astype(

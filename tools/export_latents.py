@@ -4,9 +4,9 @@ latents.npz    of every window: film, frame, split, group (n,), z, quantised (n,
 latents.csv    the same to read, codes as "3 17 ..."; without z, which has many digits
 captions.mp4   with --film: that film as the IDM sees it, each frame with its group and codes under it
 
-A window's latent says what happens from its frame to the next one. `frame` counts from 0 in the film as it
-was before --every; with --fps it is the number of the sample, and frames that could not be decoded do not
-count. Groups are k-means clusters of the latents, 0 the largest one.
+A window's latent says what happens from its frame to the next one. `frame` counts from 0 in the film itself:
+--every, --fps and frames that cannot be decoded leave gaps. Groups are k-means clusters of the latents, 0 the
+largest one.
 
     python -m tools.export_latents --env-id my_videos
     python -m tools.export_latents --env-id my_videos --film holiday/beach.mp4
@@ -23,6 +23,7 @@ import tyro
 from PIL import Image, ImageDraw
 
 from lapo_bc import load_checkpoint, load_dataset, refuse
+from lapo_decode import load_labels
 from tools.inspect_latents import group_latents
 from tools.loading import describe, encode, find_device, load_lapo, open_folder, stage_folder, write_results
 
@@ -41,24 +42,18 @@ class Args:
     cuda: bool = True  # use CUDA, or another accelerator that torch knows, where there is one
 
 
-def places(data):
-    """The film and the frame of every row of the train and the test split: {split: (names (N,), t (N,))}.
+def places(data, splits):
+    """The film and the frame of every row of the splits' Frames: [(names (N,), t (N,))].
 
     A film whose end is the test split goes on there. A dataset that was played is one film a split.
     """
-    every = data.get("args", {}).get("every", 1)
-    seen = {}
-    found = {}
-    for split in ("train", "test"):
-        films = data["splits"][split].get("films") or {split: data["splits"][split]["num_frames"]}
-        names = []
-        frames = []
-        for film, n in films.items():
-            begin = seen.get(film, 0)
-            names += [film] * n
-            frames += range(begin * every, (begin + n) * every, every)
-            seen[film] = begin + n
-        found[split] = np.array(names), np.array(frames)
+    found = []
+    for split, frames in zip(("train", "test"), splits):
+        films = data["splits"][split].get("films") or {split: len(frames.first)}
+        numbers = load_labels(frames, "frame")
+        if numbers is None:
+            numbers = np.arange(len(frames.first))
+        found.append((np.repeat(list(films), list(films.values())), numbers))
     return found
 
 
@@ -71,16 +66,13 @@ def write_table(path, columns):
             writer.writerow(" ".join(map(str, np.ravel(cell))) for cell in row)
 
 
-def caption_frames(columns, film):
-    """What stands under the frames of a film, {frame: text}, from the table's columns."""
-    captions = {}
-    for i in np.flatnonzero(columns["film"] == film):
-        text = f"group {columns['group'][i]}"
-        if "codes" in columns:
-            codes = columns["codes"][i].ravel()
-            text = f"{text}, codes {' '.join(map(str, codes))}"
-        captions[columns["frame"][i]] = text
-    return captions
+def caption(columns, i):
+    """What stands under the frame of the table's row i."""
+    text = f"group {columns['group'][i]}"
+    if "codes" in columns:
+        codes = columns["codes"][i].ravel()
+        text = f"{text}, codes {' '.join(map(str, codes))}"
+    return text
 
 
 def write_captions(path, pictures, captions):
@@ -102,18 +94,17 @@ def main(args):
     path = args.pretrain_checkpoint or stage_folder(args, "lapo_pretrain") / "checkpoint.pt"
     lapo = load_lapo(load_checkpoint(path, "lapo_pretrain", args.env_id), device)
     data, *splits = load_dataset(args)
-    film_of = places(data)
-    films = {name for names, _ in film_of.values() for name in names}
+    film_of = places(data, splits)
+    films = {name for names, _ in film_of for name in names}
     if args.film is not None and args.film not in films:
         refuse(f"--film {args.film} is none of {', '.join(sorted(films)[:5])} … of the dataset's meta.json")
     folder = open_folder(args)
     folder.mkdir(parents=True, exist_ok=True)
 
     parts = []
-    for split, frames in zip(film_of, splits):
+    for split, frames, (names, numbers) in zip(("train", "test"), splits, film_of):
         t = frames.windows
         found = encode(lapo, frames, t, device)
-        names, numbers = film_of[split]
         columns = {"film": names[t], "frame": numbers[t], "split": np.full(len(t), split)}
         columns |= {"z": found.z, "quantised": found.quantised}
         if found.codes is not None:
@@ -128,14 +119,16 @@ def main(args):
     write_table(folder / "latents.csv", readable)
 
     if args.film is not None:
-        captions = caption_frames(columns, args.film)
         pictures = []
         lines = []
-        for split, frames in zip(film_of, splits):
-            names, numbers = film_of[split]
-            for row in np.flatnonzero(names == args.film):
-                pictures.append(frames[row])
-                lines.append(captions.get(numbers[row], "no window"))
+        i = 0  # the table's next row
+        for frames, (names, _) in zip(splits, film_of):
+            windows = set(frames.windows)
+            for t, name in enumerate(names):
+                if name == args.film:
+                    pictures.append(frames[t])
+                    lines.append(caption(columns, i) if t in windows else "no window")
+                i += t in windows
         write_captions(folder / "captions.mp4", pictures, lines)
     write_results(folder, began, {**describe(args, "export_latents"), "windows": len(columns["group"])})
     print(f"wrote {folder}: {len(columns['group']):,} windows of {len(films)} films")

@@ -9,9 +9,9 @@ VIDEOS is a film or a folder, searched with its subfolders. Of these kinds it re
     python -m tools.import_videos films --env-id my_game
     python -m tools.import_videos films --env-id my_game --fps 10 --crop 0 40 640 440 --labels labels.csv
     python -m tools.import_videos expert_data/bossfight --env-id bossfight  # the paper's
-Writes data/ENV_ID as collect_expert_data.py does: frames and first; with --labels actions, -1 where a frame
-has none; of npz and parquet files also rewards and returns. What was interrupted goes on with the same
-command, film by film: import.jsonl notes which are in frames.npy.
+Writes data/ENV_ID as collect_expert_data.py does: frames and first; frame, the number of each in its film;
+with --labels actions, -1 where a frame has none; of npz and parquet files also rewards and returns. What was
+interrupted goes on with the same command, film by film: import.jsonl notes which are in frames.npy.
 """
 
 import csv
@@ -268,9 +268,9 @@ def append_film(f, path, bar, args):
         bar.update(len(chunk))
     jumps = np.concatenate(jumps)  # (N,), 0 to 1: how much each frame differs from the one before
     film = {"num_frames": len(jumps), **notes}
-    if args.labels:
-        film["numbers"] = numbers
     steps = steps_of(path)
+    if not steps:
+        film["numbers"] = numbers  # others have one a row
     if steps and steps.done is not None:
         # some say that done[t] ends an episode with frame t, some that it begins one with frame t
         inside = steps.done[1:-1]
@@ -360,7 +360,7 @@ def begins_of(done, done_is_first):
 
 def arrays_of(films, state, labels, args):
     """The arrays beside the frames, {name: (N,)}, of all films one after another."""
-    arrays = {"first": [], "actions": [], "rewards": [], "returns": []}
+    arrays = {"first": [], "frame": [], "actions": [], "rewards": [], "returns": []}
     with_done = [film for film in state["films"].values() if "first" not in film]
     # the pictures decide what done means: whether they jump more from t - 1 to t, or from t to t + 1
     jump_before = sum(film["jump_before"] for film in with_done)
@@ -372,6 +372,7 @@ def arrays_of(films, state, labels, args):
         first = np.zeros(n, dtype=bool)
         first[begins] = True
         arrays["first"].append(first)
+        arrays["frame"].append(np.array(film.get("numbers", range(n)), dtype=np.int32))
         if labels:
             arrays["actions"].append(actions_of(name, film, labels, args))
         if steps:
@@ -536,7 +537,7 @@ def read_notes(path):
     """The state of an import, of import.jsonl: a last line that was cut off is none.
 
     Of each film: num_frames; first, the frames that begin a stream, or with done how much the pictures jump;
-    numbers, which of its frames they are, with --labels; and what open_film notes.
+    numbers, which of its frames they are; and what open_film notes.
     """
     whole, _, _ = path.read_text().rpartition("\n")
     state = {"films": {}, "skipped": {}}
