@@ -1,13 +1,15 @@
 """Small worlds of gymnasium, Procgen's games on every Python, and datasets that nobody can play."""
 
-import hashlib
+import hashlib  # noqa: I001
 import json
 import sys
 
 import gymnasium
 import numpy as np
 import pytest
-from conftest import ENV_ID, ENV_NAMES, ROOT, TOY, collect, inline, load, ppo, refusal, replace, results_of
+from conftest import (
+    ENV_ID, ENV_NAMES, ROOT, STAGES, TOY, collect, inline, load, ppo, refusal, replace, results_of,
+)  # fmt: skip
 from gymnasium.envs.toy_text.frozen_lake import generate_random_map
 from PIL import Image
 
@@ -135,10 +137,15 @@ def test_worlds_of_other_packages(tmp_path, env_id):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collect, "play_at_random", lambda *_: np.zeros(2))
         inline(tmp_path, "collect_expert_data", *flags.split())
-    for stage in ("lapo_pretrain", "lapo_bc"):
-        inline(tmp_path, stage, *(flag.replace(ENV_ID, env_id) for flag in TOY[stage]))
+    short = {
+        "lapo_decode": "--num-labels 16 --no-cloning --eval-episodes 2",
+        "lapo_finetune_ppo": "--total-timesteps 1024 --eval-episodes 2",
+    }
+    for stage in STAGES[2:]:
+        flags = [flag.replace(ENV_ID, env_id) for flag in TOY[stage]]
+        inline(tmp_path, stage, *flags, *short.get(stage, "").split())
     name = env_id.replace("/", "-")
-    runs = {f"{name}__{s}__1" for s in ("ppo_procgen", "collect_expert_data", "lapo_pretrain", "lapo_bc")}
+    runs = {f"{name}__{stage}__1" for stage in STAGES}
     assert {path.name for path in (tmp_path / "runs").iterdir()} == runs
     frames = np.load(tmp_path / "data" / name / "train" / "frames.npy")
     assert frames.shape == (64, 64, 64, 3) and frames.std() > 10
