@@ -257,6 +257,16 @@ def curve_of(curves, env_id, method):
     return np.array(frames), np.array(returns)
 
 
+EARLY = 64  # thousand frames: up to there only episodes that end early have ended
+
+
+def plot_curve(ax, thousands, y, **look):
+    """A line, faint where it is of episodes that end early."""
+    early = thousands <= EARLY
+    ax.plot(thousands[early], y[early], lw=1, alpha=0.3, color=look["color"])
+    ax.plot(thousands[~early], y[~early], lw=2, zorder=3, **look)
+
+
 def plot_online(curves, scores, path):
     """Training return against frames, a panel a game, and the mean over games."""
     with_curves = {row["env_id"] for row in curves}
@@ -273,15 +283,17 @@ def plot_online(curves, scores, path):
             thousands = found[0] / 1000
             y = found[1]  # (seeds, frames)
             label, color, _ = LOOKS[method]
-            ax.plot(thousands, y.mean(0), lw=2, color=color, label=label, zorder=3)
-            ax.fill_between(thousands, y.min(0), y.max(0), color=color, alpha=0.18, lw=0)
+            plot_curve(ax, thousands, y.mean(0), color=color, label=label)
+            late = thousands > EARLY
+            band = y[:, late]
+            ax.fill_between(thousands[late], band.min(0), band.max(0), color=color, alpha=0.18, lw=0)
             over_games[method].append((thousands, scores.relative(env_id, y.mean(0))))
         two_axes(ax, scores, env_id)
         ax.set_xlabel("thousand frames")
     plot_online_mean(axes[-1], over_games, len(games))
     share_legend(fig, axes)
     text = "Online: return of the last 100 training episodes; band: lowest to highest seed. "
-    text += "Up to about 64 thousand frames only episodes that end early count.\n"
+    text += f"Faint: up to {EARLY} thousand frames only episodes that end early have ended.\n"
     save(fig, path, text + "Do LAPO's lines rise sooner than the orange one?")
 
 
@@ -292,7 +304,7 @@ def plot_online_mean(ax, over_games, num_games):
             x, _ = lines[0]  # other games may have points elsewhere
             shares = [np.interp(x, *line) for line in lines]
             label, color, _ = LOOKS[method]
-            ax.plot(x, np.mean(shares, axis=0), lw=2, color=color, label=label)
+            plot_curve(ax, x, np.mean(shares, axis=0), color=color, label=label)
     draw_ends(ax, 0, 1)
     ax.set_title(f"mean of the games ({num_games})")
     ax.set_xlabel("thousand frames")
