@@ -492,6 +492,34 @@ class Tables:
         return to_table([*head, "relative return", "the paper's return (all levels)"], rows)
 
 
+def table_of_raw(scores, raw, offline):
+    """LAPO cloned on raw latents -> on standardised ones, shares; the mean's difference with its interval."""
+    keys = [("rl_sl", ""), ("rl_no_sl", "")]
+    for method in offline:
+        keys += [(method, n) for n in scores.label_counts(scores.games[0], method)]
+    rows = []
+    for method, n in keys:
+        cells = []
+        differences = []
+        again = []  # of every game (resamples,)
+        for g in scores.games:
+            before = raw.interval(g, method, n)
+            after = scores.interval(g, method, n)
+            if not (before and after):
+                continue
+            low = scores.relative(g, before[0])
+            high = scores.relative(g, after[0])
+            cells.append(f"{number(low)} → {number(high)}")
+            differences.append(high - low)
+            change = scores.bootstrap(g, method, n) - raw.bootstrap(g, method, n)
+            again.append(change / (scores.demonstrator[g] - scores.random[g]))
+        if len(cells) == len(scores.games):
+            low, high = np.percentile(np.mean(again, axis=0), [2.5, 97.5])
+            labels = f"{n:,.0f}" if n else ""
+            rows.append([LOOKS[method][0], labels, with_interval((np.mean(differences), low, high)), *cells])
+    return to_table(["", "labels", "difference of the means (95% interval)", *scores.games], rows)
+
+
 def table_of_latents(space, pretraining):
     """What latents tell of the action; means of seeds."""
     order = ("trained", "untrained_idm", "shuffled_actions")
@@ -515,10 +543,10 @@ def table_of_latents(space, pretraining):
     return to_table([*head, "updates until another latent costs 20%", "codes used"], rows)
 
 
-def tables(scores, offline, space, pretraining):
+def tables(scores, raw, offline, space, pretraining):
     """The text of tables.md."""
     make = Tables(scores, offline)
-    return [
+    text = [
         "## Mean of the games, shares of the demonstrator's return above random play",
         make.of_means(),
         "## Every game; in brackets the seeds of the last method",
@@ -532,6 +560,10 @@ def tables(scores, offline, space, pretraining):
         "## What latents tell of the action; means of seeds",
         table_of_latents(space, pretraining),
     ]
+    if raw.groups:
+        lapo = [method for method in offline if method in ("lapo_decoder", "vpt_lapo")]
+        text += ["## Cloned on raw → on standardised latents", table_of_raw(scores, raw, lapo)]
+    return text
 
 
 def main(args):
@@ -552,6 +584,7 @@ def main(args):
         rows = [row for row in rows if row["method"] not in strange]
     offline = [method for method in OFFLINE if method in methods]
     scores = Scores(rows, args.resamples)
+    raw = Scores(read(folder / "runs.csv", "raw") if args.scale == "small" else [], args.resamples)
     for env_id in sorted({row["env_id"] for row in rows}):
         if env_id not in scores.games:
             print(f"{env_id} is left out: no demonstrator's score, which collect_expert_data.py's run holds")
@@ -562,7 +595,7 @@ def main(args):
     plot_means(scores, offline, folder / f"{prefix}means.png")
     ran_on = Counter(f"{row['device']}, threads: {row['threads']:.0f}" for row in rows)
     devices = "; ".join(f"{device}: {count}" for device, count in ran_on.items())
-    text = [f"Rows of runs.csv by device: {devices}", *tables(scores, offline, space, pretraining)]
+    text = [f"Rows of runs.csv by device: {devices}", *tables(scores, raw, offline, space, pretraining)]
     (folder / f"{prefix}tables.md").write_text("\n\n".join(text) + "\n")
     print(f"wrote {folder}/{prefix}{{online,offline,means}}.png and {prefix}tables.md")
 
