@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The worked example of docs/own-data.md: films of a small world, and of what goes wrong with films, each through
-# import, pretraining and report → benchmark/results/own-videos.json. What is finished is skipped.
+# The worked example of docs/own-data.md: films of a small world, and the same with what goes wrong in films, each
+# through import, pretraining and report → benchmark/results/own-videos.json. What is finished is skipped.
 #     benchmark/own_videos.sh             SEED=2 OUT=runs/own_videos_2 benchmark/own_videos.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -22,11 +22,11 @@ common() { # NAME: the flags of all stages
     DONE=$OUT/$1/example__
 }
 
-import() { # NAME FILMS flags of import_videos...
+import_films() { # NAME FILMS flags of import_videos...
     common "$1"
     if [ ! -f "$OUT/$1/data/meta.json" ]; then
-        "$PYTHON" -m tools.import_videos "$OUT/films/$2" --env-id example --seed "$SEED" --data-dir "$OUT/$1/data" \
-            --labels "$OUT/films/$2/labels.csv" --num-test-frames 512 "${@:3}" | tee "$OUT/$1.import.txt"
+        "$PYTHON" -m tools.import_videos "$OUT/films/$2" --env-id example --seed "$SEED" \
+            --data-dir "$OUT/$1/data" --labels "$OUT/films/$2/labels.csv" --num-test-frames 512 "${@:3}"
     fi
 }
 
@@ -38,12 +38,13 @@ look() { # NAME flags of inspect_latents...
 }
 
 try() { # NAME FILMS flags of import_videos...: import, pretraining, report
-    import "$@"
+    import_films "$@"
     if [ ! -f "${DONE}lapo_pretrain__$SEED/results.json" ]; then
         "$PYTHON" lapo_pretrain.py "${COMMON[@]}" \
             --num-updates 600 --batch-size 32 --learning-rate 1e-3 --warmup-updates 100 \
             --no-vq --vq-num-codebooks 1 --vq-num-slots 1 --vq-dim 4 \
-            --patch-size 2 --idm-scale 0.5 --fdm-width 8 --predict-change --no-bf16 --eval-every 100 --eval-windows 512
+            --patch-size 2 --idm-scale 0.5 --fdm-width 8 --predict-change --no-bf16 \
+            --eval-every 100 --eval-windows 512
     fi
     look "$1"
 }
@@ -60,7 +61,7 @@ films drifts --camera drifts
 films crowd --distractors 6
 
 try base base
-import late late
+import_films late late
 look late --pretrain-checkpoint "$OUT/base/example__lapo_pretrain__$SEED/checkpoint.pt"
 try cuts cuts
 try cuts-mended cuts --cut-threshold 0.1
@@ -76,8 +77,8 @@ try follows follows
 
 common base
 if [ ! -f "${DONE}lapo_bc__$SEED/results.json" ]; then
-    "$PYTHON" lapo_bc.py "${COMMON[@]}" --num-updates 600 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 \
-        --eval-every 200 --policy-scale 0.5
+    "$PYTHON" lapo_bc.py "${COMMON[@]}" --num-updates 600 --batch-size 64 --learning-rate 1e-3 \
+        --warmup-updates 50 --eval-every 200 --policy-scale 0.5
 fi
 if [ ! -f "${DONE}score_labels__$SEED/results.json" ]; then
     "$PYTHON" -m tools.score_labels "${COMMON[@]}" --num-labels 32 128 --num-draws 5 \
@@ -92,13 +93,20 @@ from pathlib import Path
 import numpy as np
 
 out, seed, path = sys.argv[1:]
-read = lambda name, stage: json.loads(Path(out, name, f"example__{stage}__{seed}", "results.json").read_text())
+
+
+
+def read(name, stage):
+    return json.loads(Path(out, name, f"example__{stage}__{seed}", "results.json").read_text())
+
+
 runs = {}
-for folder in sorted(Path(out).glob("*/example__inspect_latents__*"), key=lambda folder: folder.stat().st_mtime):
+for folder in sorted(Path(out).glob(f"*/example__inspect_latents__{seed}")):
     name = folder.parent.name
     report = read(name, "inspect_latents")
     trained = read("base" if name == "late" else name, "lapo_pretrain")
-    probes = {of: space["linear_probe"] for of, space in report["latent_space"].items() if isinstance(space, dict)}
+    spaces = ("trained", "untrained_idm", "shuffled_actions")
+    probes = {space: report["latent_space"][space]["linear_probe"] for space in spaces}
     shifts = report["accuracy_by_shift"]
     best = max(shifts, key=shifts.get)
     first = [np.load(Path(out, name, "data", split, "first.npy")) for split in ("train", "test")]
