@@ -17,6 +17,7 @@ from filelock import FileLock
 from PIL import Image
 
 from tools import import_videos, reading_videos
+from tools import make_example_films as films
 
 SCRIPT, DATA = "tools/import_videos", "data/my_videos"
 CODECS = {".mkv": ("ffv1", "bgr0"), ".mp4": ("libx264", "yuv420p"), ".gif": ("gif", "bgr8")}
@@ -432,3 +433,25 @@ def test_from_films_to_latents(tmp_path):
     assert {"codebooks", "lapo_decode", "lapo_finetune_ppo"} <= set(results["missing"])
     for tool in ("tools/play_dream", "ppo_procgen"):
         assert "my_videos" in refusal(tmp_path, tool, "--env-id", "my_videos")
+
+
+def test_example_films(tmp_path):
+    """A frame's label, found delay frames later, moves the orange sprite on; every cut begins a stream."""
+    delay = 2
+    flags = "films --num-films 2 --num-actions 60 --cuts 2 --label-delay"
+    inline(tmp_path, "tools/make_example_films", *flags.split(), delay)
+    got = run(tmp_path, "--labels", "films/labels.csv", "--cut-threshold", 0.1, "--num-test-frames", 60)
+    assert got.begins == [0, 20, 40, 60, 80, 100] and len(got.frames) == 120
+    orange = np.abs(got.frames - np.array([255.0, 165, 0])).max(3) < 50  # (N, 64, 64)
+    places = [2 * np.argwhere(mask).min(0) for mask in orange]
+    moves = dict(zip(films.ACTIONS, films.MOVES))
+    seen = []
+    for t in range(119):
+        whole = orange[t].sum() == orange[t + 1].sum() == 64  # nothing before it
+        if whole and (t + 1) % 20 and t % 60 + delay < 60:
+            action = got.meta["action_names"][got.actions[t + delay]]
+            expected = np.clip(places[t] + moves[action], films.LOW, films.HIGH)
+            assert np.array_equal(places[t + 1], expected), t
+            seen.append(action)
+    assert set(seen) == set(films.ACTIONS) and len(seen) > 30
+    assert (got.actions < 0).sum() == 2 * delay
