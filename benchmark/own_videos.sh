@@ -95,7 +95,6 @@ import numpy as np
 out, seed, path = sys.argv[1:]
 
 
-
 def read(name, stage):
     return json.loads(Path(out, name, f"example__{stage}__{seed}", "results.json").read_text())
 
