@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parent.parent
 
 ONLINE = ("rl_sl", "rl_no_sl", "no_vq", "ppo_from_scratch")
-OFFLINE = ("cloning_from_scratch", "vpt", "lapo_decoder", "vpt_lapo", "vpt_lapo_raw")
+OFFLINE = ("cloning_from_scratch", "vpt", "lapo_decoder", "vpt_lapo")
 PAPERS_STAR = "the paper's share at 8,192 labels (its return, of its expert's)"
 LOOKS = {  # name, colour (Okabe and Ito: survives colour blindness), marker
     "rl_sl": ("LAPO: RL + online decoder", "#0072B2", "o"),
@@ -36,7 +36,6 @@ LOOKS = {  # name, colour (Okabe and Ito: survives colour blindness), marker
     "vpt": ("VPT from scratch", "#E69F00", "P"),
     "lapo_decoder": ("LAPO, the paper's decoder", "#0072B2", "o"),
     "vpt_lapo": ("ours: VPT from LAPO", "#009E73", "X"),
-    "vpt_lapo_raw": ("ours, of raw latents (three seeds)", "#CC79A7", "v"),
     "random": ("random", "#999999", None),
     "demonstrator": ("demonstrator", "#333333", None),
 }
@@ -463,8 +462,7 @@ class Tables:
         for n in self.counts:
             cells = []
             for g in self.games:
-                lapo = self.right(g, "vpt_lapo_raw", n) or self.right(g, "vpt_lapo", n)  # three seeds, one
-                cells.append(f"{lapo} / {self.right(g, 'vpt', n)}")
+                cells.append(f"{self.right(g, 'vpt_lapo', n)} / {self.right(g, 'vpt', n)}")
             rows.append([f"{n:,.0f}", *cells])
         return to_table(["labels", *self.games], rows)
 
