@@ -197,8 +197,8 @@ def test_playing(play, lapo):
     assert len(keys) == 3 + 15
     held = (["ArrowRight"], ("action", 7)), ([], ("action", 4)), (["2"], ("group", 1)), (["d"], ("action", 9))
     for k, (pressed, key) in enumerate(held):
-        before, (z, action, name) = torch.cat(world.dream, dim=1), keys[key]
-        z = torch.from_numpy(z)[None]
+        before, (latent, action, name) = torch.cat(world.dream, dim=1), keys[key]
+        z = latent(before)
         torch.testing.assert_close(lapo.vq(z)[0], z)  # made of codes
         answer = respond(pressed, "")
         with torch.inference_mode():

@@ -4,21 +4,27 @@
     real     Procgen, under the true action that the key stands for
 
 Both start from the real game's first two frames; after that the dream sees nothing of it. Arrows and the
-letters D A W S Q E are Procgen's 15 actions: a few labels (--num-labels) choose a latent for each. Number
-keys hold the most frequent groups of latents, for which no label is needed. The page is play_dream.html.
+letters D A W S Q E are Procgen's 15 actions: a few labels (--num-labels) tell which latent an action has in
+which situation. Number keys hold the most frequent groups of latents, for which no label is needed. The page
+is play_dream.html.
 
+    make play                                        # coinrun, with the networks in pretrained/
     python -m tools.play_dream --env-id bossfight
 Reads data/ENV_ID and RUNS_DIR/ENV_ID__lapo_pretrain__SEED/checkpoint.pt, writes nothing. Ctrl-C ends it.
 """
 
 import base64
 import json
+import os
 import signal
 import sys
 import threading
 import time
+import webbrowser
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
@@ -27,10 +33,10 @@ from urllib.parse import parse_qsl
 import numpy as np
 import torch
 import tyro
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
-from lapo_bc import load_checkpoint, load_dataset, refuse
+from lapo_bc import get_windows, load_checkpoint, load_dataset, refuse
 from lapo_decode import load_labels, make_env
 from tools.inspect_latents import group_latents, to_floats, to_pixels
 from tools.loading import ACTIONS, MOVES, STAY, action_names, encode, load_lapo, stage_folder
@@ -52,51 +58,100 @@ class Args:
     runs_dir: str = "runs"  # where the pretraining run lies
     port: int = 8000  # the page's port on 127.0.0.1, 0: any free one
     fps: float = 15.0  # frames per second at most; Procgen's games are shown at 15
+    open: bool = False  # open the page in a browser, where there is a display
 
 
 class Key(NamedTuple):
     """What holding a key does."""
 
-    z: np.ndarray  # (latent_dim,), the dream's latent
+    latent: Callable  # the dream's: frames (1, 6, 64, 64) -> z (1, latent_dim)
     action: int | None  # the real game's; None: it stands still
     name: str
 
 
-def latents_of_actions(z, actions, top=64):
-    """Latents to play actions with (15, latent_dim); the move that each of z (n, latent_dim) tells of (n,).
+class ActionLatents:
+    """The latent of an action in a situation, z = g(o_{t-1}, o_t, a): ridge regression on labelled windows.
 
-    actions are the first windows' labels. Three classifiers are fitted on them: left or right, up or down,
-    and the button; so a pair that is hardly ever pressed learns from its halves. An action's latent is the
-    mean of the `top` ones that they are surest of. (The mean of its own labelled windows did worse in
-    a trial on coinrun, where most windows show little but how fast the hero was already.)
+    The same key means one latent on the ground and another in the air. Features of the situation are those of
+    the IDM, shown o_t as the next frame, too. They are multiplied with one-hot parts of the action: left or
+    right, up or down, the button. So a pair of keys that is hardly ever pressed learns from its halves.
     """
+
+    def __init__(self, lapo, train, t, actions):
+        self.lapo = lapo
+        z = encode(lapo, train, t, "cpu").z
+        features = []
+        for batch in np.split(t, range(512, len(t), 512)):
+            frames = get_windows(train, batch, "cpu")[:, :6]
+            features.append(self.features(frames))
+        features = np.concatenate(features)  # (n, 256)
+        self.scaler = StandardScaler().fit(features)
+        self.ridge = Ridge(alpha=1000)
+        self.ridge.fit(self.join(features, actions), z)
+
+    @torch.inference_mode()
+    def features(self, frames):
+        """Frames o_{t-1}, o_t (B, 6, 64, 64) -> (B, 256)."""
+        windows = torch.cat([frames, frames[:, 3:]], dim=1)
+        return self.lapo.idm.network(windows).numpy()
+
+    def join(self, features, actions):
+        """Features of a situation (B, 256), actions (B,) -> inputs of the regression (B, 257 * 14)."""
+        move, button = split_actions(actions)
+        parts = [np.ones((len(actions), 1)), np.eye(3)[move // 3], np.eye(3)[move % 3], np.eye(7)[button]]
+        parts = np.concatenate(parts, axis=1)  # (B, 14)
+        scaled = self.scaler.transform(features)
+        scaled = np.pad(scaled, ((0, 0), (1, 0)), constant_values=10)  # a constant, little shrunk
+        return (scaled[:, :, None] * parts[:, None]).reshape(len(actions), -1)
+
+    @torch.inference_mode()
+    def __call__(self, frames, actions):
+        """Frames (B, 6, 64, 64), actions (B,) -> quantised latents (B, latent_dim)."""
+        z = self.ridge.predict(self.join(self.features(frames), actions))
+        z = torch.from_numpy(z).float()
+        if self.lapo.vq is None:
+            return z
+        return self.lapo.vq(z)[0]
+
+
+def split_actions(actions):
+    """Procgen's actions (n,) -> moves, 0 to 8, and buttons, 1 to 6 or 0 for none."""
     move = np.where(actions < len(MOVES), actions, STAY)
-    button = np.maximum(actions - 8, 0)  # 0: none
+    button = np.maximum(actions - len(MOVES) + 1, 0)
+    return move, button
+
+
+def told_moves(z, actions):
+    """The move that each of z (n, latent_dim) tells of (n,); actions are the first windows' labels.
+
+    Two classifiers are fitted on these, left or right and up or down, so a pair of keys that is hardly ever
+    pressed learns from its halves.
+    """
+    move, _ = split_actions(actions)
     x = StandardScaler().fit_transform(z)
-    horizontal = classify(x, move // 3)  # (n, 7), of which three columns are used
+    horizontal = classify(x, move // 3)  # (n, 3)
     vertical = classify(x, move % 3)
-    pressed = classify(x, button)
-    score = np.zeros((len(z), len(ACTIONS)))
-    for a in range(len(MOVES)):
-        score[:, a] = horizontal[:, a // 3] + vertical[:, a % 3]
-    score[:, len(MOVES) :] = pressed[:, 1:]
-    surest = np.argsort(-score, axis=0, kind="stable")[:top]  # (top, 15)
     moves = np.unique(move)
-    told = moves[score[:, moves].argmax(1)]
-    return z[surest].mean(0), told
+    score = horizontal[:, moves // 3] + vertical[:, moves % 3]
+    return moves[score.argmax(1)]
 
 
 def classify(x, labels):
-    """Log-probabilities (n, 7) of classes for x (n, D), fitted on the first of them, which have labels.
+    """Log-probabilities (n, 3) of classes for x (n, D), fitted on the first of them, which have labels.
 
     0, that is no opinion, on a class that has no label.
     """
-    log_p = np.zeros((len(x), 7))
+    log_p = np.zeros((len(x), 3))
     if len(np.unique(labels)) > 1:
         classifier = LogisticRegression(C=0.1, class_weight="balanced", max_iter=500)
         classifier.fit(x[: len(labels)], labels)
         log_p[:, classifier.classes_] = classifier.predict_log_proba(x)
     return log_p
+
+
+def hold(z, frames):
+    """A latent (1, latent_dim) that is the same in every situation."""
+    return z
 
 
 def to_input(obs):
@@ -142,13 +197,14 @@ class World:
             self.real = [self.real[1], obs["rgb"][0]]
 
     @torch.inference_mode()
-    def step(self, z, action):
-        """One frame of the dream under latent z (1, latent_dim), of the real game under an action, if any."""
-        prediction = self.fdm(torch.cat(self.dream, dim=1), z).clamp(-0.5, 0.5)
+    def step(self, key):
+        """One frame of the dream under a key's latent, of the real game under its action, if any."""
+        frames = torch.cat(self.dream, dim=1)
+        prediction = self.fdm(frames, key.latent(frames)).clamp(-0.5, 0.5)
         self.dream = [self.dream[1], prediction]
         self.frame += 1
-        if action is not None:
-            self.act(action)
+        if key.action is not None:
+            self.act(key.action)
 
     def errors(self):
         """Mean squared difference to the real game's frame: of the dream, and of the first frame."""
@@ -184,12 +240,11 @@ def choose_keys(lapo, train, actions, args):
     keys = {}
     groups = []
     if actions is not None:
-        of_action, told = latents_of_actions(z, actions[t[: args.num_labels]])
-        of_action = torch.from_numpy(of_action)
-        if lapo.vq:
-            of_action, *_ = lapo.vq(of_action)
+        some = t[: args.num_labels]
+        of_action = ActionLatents(lapo, train, some, actions[some])
+        told = told_moves(z, actions[some])
         for a, name in enumerate(ACTIONS):
-            keys["action", a] = Key(of_action[a].numpy(), a, name)
+            keys["action", a] = Key(partial(of_action, actions=np.array([a])), a, name)
     for g, i in enumerate(chosen):
         move = None
         name = ""
@@ -198,7 +253,7 @@ def choose_keys(lapo, train, actions, args):
             move = int(np.bincount(told[group == g]).argmax())
             name = ACTIONS[move]
             does += f", real game: {name}"
-        keys["group", g] = Key(quantised[i], move, does)
+        keys["group", g] = Key(partial(hold, torch.from_numpy(quantised[i])[None]), move, does)
         groups.append((round(100 * shares[g]), name))
     return keys, groups
 
@@ -219,7 +274,7 @@ def make_responder(world, keys, num_groups, labelled):
                 world.restart(world.level + 1)
             elif key:
                 began = time.perf_counter()
-                world.step(torch.from_numpy(key.z)[None], key.action)
+                world.step(key)
                 milliseconds = 1000 * (time.perf_counter() - began)
             dream, real = world.pictures()
             return {
@@ -302,7 +357,7 @@ def make_game(args):
     torch.set_num_threads(1)
     levels = data["num_levels"], data["start_level"]
     world = World(lapo.fdm, lambda level: make_env(args.env_id, 1, *levels, args.seed + level))
-    world.step(torch.from_numpy(keys["group", 0].z)[None], None)  # the first one is slow
+    world.step(keys["group", 0])  # the first one is slow
     world.restart(0)
 
     num_labels = 0
@@ -318,10 +373,19 @@ def make_game(args):
     return world, keys, server
 
 
+def has_display():
+    """Whether a browser would have a window; without one it might take the terminal."""
+    on_linux = sys.platform.startswith("linux")
+    return not on_linux or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
+
+
 def main(args):
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
     _, _, server = make_game(args)
-    print(f"play at http://127.0.0.1:{server.server_port} (Ctrl-C ends it)", flush=True)
+    url = f"http://127.0.0.1:{server.server_port}"
+    print(f"play at {url} (Ctrl-C ends it)", flush=True)
+    if args.open and has_display():
+        webbrowser.open(url)
     server.serve_forever()
 
 
