@@ -27,10 +27,11 @@ from conftest import (
     replace,
     results_of,
     run_dir,
+    same,
 )
 from test_data import split_args
 
-from tools import inspect_latents, play_dream
+from tools import inspect_latents, play_dream, steady_dream
 from tools.loading import load_lapo
 
 INSPECT = f"--env-id {ENV_ID} --no-cuda --rollout-steps 4 --num-groups 5 --action-updates 4".split()
@@ -249,6 +250,51 @@ def test_server(pipeline, play):
     assert request("/../../etc/passwd")[0] == request("/step", "GET")[0] == request("/", "POST")[0] == 404
     server.shutdown()
     server.server_close()
+
+
+def test_a_steadier_dream(pipeline, tmp_path, lapo, test):
+    """Predictions go on clamped, with their gradient; the FDM alone changes; what is shipped is halved."""
+    windows = pretrain.get_windows(test, test.windows[:4].repeat(2), "cpu").view(4, 2, 9, 64, 64)
+    z = torch.zeros(4, 2, lapo.vq.N * lapo.vq.H * lapo.vq.D)
+    first = lapo.fdm(windows[:, 0, :6], z[:, 0])
+    frames = torch.cat([windows[:, 0, 3:6], first.clamp(-0.5, 0.5)], dim=1)
+    second = lapo.fdm(frames, z[:, 1])
+    losses = [F.mse_loss(first, windows[:, 0, 6:]), F.mse_loss(second, windows[:, 1, 6:])]
+    loss, last = steady_dream.unroll(lapo.fdm, windows[:, 0, :6], z, windows[:, :, 6:])
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+    torch.testing.assert_close(last, torch.cat([frames[:, 3:], second.clamp(-0.5, 0.5)], dim=1))
+    begins = steady_dream.find_stretches(test, 3)
+    for t in np.flatnonzero(begins):
+        assert not test.first[t : t + 4].any() and t + 3 < len(test.first)
+    assert begins.sum() == sum(np.isin(t + np.arange(3), test.windows).all() for t in test.windows)
+
+    cwd = link_tree(pipeline.cwd, tmp_path / "work")
+    flags = f"--env-id {ENV_ID} --no-cuda --num-updates 4 --batch-size 3 --max-stretch 3 --eval-steps 3"
+    flags = flags.split()
+    inline(cwd, "tools/steady_dream", *flags)
+    assert "is finished" in refusal(cwd, "tools/steady_dream", *flags)
+    before = load(pipeline.checkpoints["lapo_pretrain"])
+    after = load(cwd / run_dir("steady_dream") / "checkpoint.pt")
+    assert same(before["idm"], after["idm"]) and same(before["vq"], after["vq"])
+    changed = {name for name, value in after["fdm"].items() if not torch.equal(value, before["fdm"][name])}
+    assert changed == {name for name, _ in lapo.fdm.named_parameters()}
+    scores = results_of(cwd, "steady_dream")["scores"]
+    errors = inspect_latents.rollout_errors(load_lapo(after, "cpu"), test, 3, "cpu")
+    name = "forward dynamics model"
+    assert scores["after"][name] == pytest.approx(errors[name].mean(0)) != scores["before"][name]
+
+    inline(cwd, "tools/ship_networks", "--env-id", ENV_ID)
+    shipped = load(cwd / "pretrained" / f"{ENV_ID}-dream.pt")
+    for part in ("idm", "vq", "fdm"):
+        for name, value in after[part].items():
+            torch.testing.assert_close(shipped[part][name].to(value.dtype), value, rtol=1e-3, atol=1e-6)
+    assert shipped["idm"]["head.weight"].dtype == torch.float16
+    made_by = json.loads((cwd / "pretrained" / f"{ENV_ID}.json").read_text())["made_by"]
+    assert made_by["steady_dream"]["scores"] == scores and "test/r2" in made_by["lapo_bc"]
+    start = ("--bc-checkpoint", f"pretrained/{ENV_ID}-policy.pt", "--overwrite")
+    for stage in ("lapo_decode", "lapo_finetune_ppo"):
+        inline(cwd, stage, *TOY[stage], *start)
+        assert np.isfinite(results_of(cwd, stage)["wall_seconds"])
 
 
 def rows(path):

@@ -143,9 +143,9 @@ def main(args):
     scores = {"before": before, "after": score(lapo, test, args.eval_steps, device)}
     write_results(folder, began, {**describe(args, Path(__file__).stem), "scores": scores})
     print(f"wrote {folder}")
-    for name, errors in scores["after"].items():
-        shown = [f"{errors[k - 1]:.4f}" for k in (1, 8, 24, args.eval_steps) if k <= len(errors)]
-        print(f"{name}: mean squared error after 1, 8, 24 and {args.eval_steps} frames: {', '.join(shown)}")
+    for when, found in scores.items():
+        for name, errors in found.items():
+            print(f"{when}, {name}: mean squared error after {len(errors)} frames {errors[-1]:.4f}")
 
 
 def score(lapo, test, num_steps, device):
