@@ -8,7 +8,20 @@ PYTHON3 ?= python3
 BIN := $(if $(VIRTUAL_ENV)$(CONDA_PREFIX),,.venv/bin/)
 STAMP := $(if $(BIN),.venv/.installed,.installed)
 
-.PHONY: first quickstart pictures test lint format clean
+PLAY = runs/play
+PORT ?= 8000
+OPEN ?= --open
+
+.PHONY: play first quickstart pictures test lint format clean
+
+play: $(STAMP) $(PLAY)/data/meta.json  ## a learned world under the arrow keys, half a minute after set-up
+	$(BIN)python -m tools.play_dream --env-id coinrun --pretrain-checkpoint pretrained/coinrun-dream.pt \
+		--data-dir $(PLAY)/data --port $(PORT) $(OPEN)
+
+$(PLAY)/data/meta.json: | $(STAMP)  # frames that choose the keys' latents
+	$(BIN)python collect_expert_data.py --env-id coinrun --expert-checkpoint experts/coinrun.pt --overwrite \
+		--runs-dir $(PLAY) --data-dir $(PLAY)/data \
+		--num-train-frames 4096 --num-test-frames 512 --num-random-episodes 2
 
 first: $(STAMP)  ## latents of a small world that cluster by action, in a few minutes
 	PYTHON=$(BIN)python SEED=$(SEED) ./quickstart.sh FrozenLake-v1

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from lapo_bc import load_checkpoint, load_dataset  # noqa: E402
-from lapo_decode import load_labels, make_env  # noqa: E402
+from lapo_decode import make_env  # noqa: E402
 from tools import play_dream  # noqa: E402
 from tools.inspect_latents import to_floats, to_pixels  # noqa: E402
 from tools.loading import MOVES, STAY, load_lapo  # noqa: E402
@@ -43,9 +43,9 @@ SHOWN = (8, 16, 32)  # frames whose errors are kept
 class Args:
     checkpoints: tuple[str, ...]  # of the same IDM: before, after
     env_id: str = "coinrun"  # the Procgen game
-    seed: int = 1  # of the starts, of the mixed keys and of the windows that keys are learned from
+    seed: int = 1  # of the starts, of the mixed keys, and of the random play that keys are learned from
     data_dir: str | None = None  # the dataset; default data/ENV_ID
-    num_labels: int = 512  # labels that keys are learned from
+    num_labels: int = 512  # labelled frames of random play that keys are learned from
     num_starts: int = 32  # states of the game
     num_frames: int = 100  # frames of a dream
     test_frames: int = 512  # real frames beside the dreams' last ones
@@ -121,7 +121,8 @@ def main(args):
     E = args.num_starts
 
     # the real game: the starts, and what follows from them under each key
-    env = make_env(args.env_id, E, data["num_levels"], data["start_level"], args.seed)
+    levels = data["num_levels"], data["start_level"]
+    env = make_env(args.env_id, E, *levels, args.seed)
     runs = np.arange(E)[:, None] >= np.arange(E, 0, -1)  # the e-th game runs in the last e frames
     frames, _ = play(env, np.where(runs, RIGHT, STAY))
     before = frames[:, -2]
@@ -142,8 +143,7 @@ def main(args):
     pictures = []
     for path in args.checkpoints:
         lapo = load_lapo(load_checkpoint(path, "lapo_pretrain", args.env_id), "cpu")
-        t = np.random.default_rng(args.seed).permutation(train.windows)[: args.num_labels]
-        latents = play_dream.ActionLatents(lapo, train, t, load_labels(train, "actions")[t])
+        latents = play_dream.learn_actions(lapo, args.env_id, levels, args)
         for name, actions in held.items():
             obs, lasted = real[name]
             dreamed = dream(lapo.fdm, latents, before, obs[:, 0], actions)

@@ -4,9 +4,9 @@
     real     Procgen, under the true action that the key stands for
 
 Both start from the real game's first two frames; after that the dream sees nothing of it. Arrows and the
-letters D A W S Q E are Procgen's 15 actions: a few labels (--num-labels) tell which latent an action has in
-which situation. Number keys hold the most frequent groups of latents, for which no label is needed. The page
-is play_dream.html.
+letters D A W S Q E are Procgen's 15 actions: when it starts, the game is played at random, and a few of these
+frames with their actions (--num-labels) tell which latent an action has in which situation. Number keys hold
+the most frequent groups of the dataset's latents, for which no label is needed. The page is play_dream.html.
 
     make play                                        # coinrun, with the networks in pretrained/
     python -m tools.play_dream --env-id bossfight
@@ -37,7 +37,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
 from lapo_bc import get_windows, load_checkpoint, load_dataset, refuse
-from lapo_decode import load_labels, make_env
+from lapo_decode import make_env
 from tools.inspect_latents import group_latents, to_floats, to_pixels
 from tools.loading import ACTIONS, MOVES, STAY, action_names, encode, load_lapo, stage_folder
 
@@ -51,8 +51,8 @@ class Args:
     data_dir: str | None = None  # the dataset of collect_expert_data.py; default data/ENV_ID
     pretrain_checkpoint: str | None = None  # default: RUNS_DIR/ENV_ID__lapo_pretrain__SEED/checkpoint.pt
     # keys
-    num_windows: int = 2048  # training windows whose latents are looked at to choose those of the keys
-    num_labels: int = 512  # windows whose true actions may be read; 0: number keys only
+    num_windows: int = 2048  # training windows whose latents are grouped
+    num_labels: int = 512  # frames of random play whose actions are read; 0: number keys only
     num_groups: int = 8  # groups of latents on the number keys, at most 9
     # run
     runs_dir: str = "runs"  # where the pretraining run lies
@@ -70,24 +70,26 @@ class Key(NamedTuple):
 
 
 class ActionLatents:
-    """The latent of an action in a situation, z = g(o_{t-1}, o_t, a): ridge regression on labelled windows.
+    """The latent of an action in a situation, z = g(o_{t-1}, o_t, a): ridge regression on labelled frames.
 
     The same key means one latent on the ground and another in the air. Features of the situation are those of
     the IDM, shown o_t as the next frame, too. They are multiplied with one-hot parts of the action: left or
     right, up or down, the button. So a pair of keys that is hardly ever pressed learns from its halves.
     """
 
-    def __init__(self, lapo, train, t, actions):
+    def __init__(self, lapo, obs, t, actions):
+        """From frames obs (N, 64, 64, 3) uint8, windows t in them (n,) and the actions a_t (n,)."""
         self.lapo = lapo
-        z = encode(lapo, train, t, "cpu").z
+        self.z = encode(lapo, obs, t, "cpu").z  # (n, latent_dim)
+        self.actions = actions
         features = []
         for batch in np.split(t, range(512, len(t), 512)):
-            frames = get_windows(train, batch, "cpu")[:, :6]
+            frames = get_windows(obs, batch, "cpu")[:, :6]
             features.append(self.features(frames))
         features = np.concatenate(features)  # (n, 256)
         self.scaler = StandardScaler().fit(features)
         self.ridge = Ridge(alpha=1000)
-        self.ridge.fit(self.join(features, actions), z)
+        self.ridge.fit(self.join(features, actions), self.z)
 
     @torch.inference_mode()
     def features(self, frames):
@@ -121,32 +123,53 @@ def split_actions(actions):
     return move, button
 
 
-def told_moves(z, actions):
-    """The move that each of z (n, latent_dim) tells of (n,); actions are the first windows' labels.
+def play_at_random(env, rng, num_steps, held=8):
+    """Frames (N, 64, 64, 3) of E games, one after the other, actions (N,), and the windows t among them.
 
-    Two classifiers are fitted on these, left or right and up or down, so a pair of keys that is hardly ever
-    pressed learns from its halves.
+    Each action is held for some frames. A demonstrator that never stands still cannot tell what standing is.
     """
-    move, _ = split_actions(actions)
-    x = StandardScaler().fit_transform(z)
-    horizontal = classify(x, move // 3)  # (n, 3)
-    vertical = classify(x, move % 3)
-    moves = np.unique(move)
-    score = horizontal[:, moves // 3] + vertical[:, moves % 3]
-    return moves[score.argmax(1)]
+    actions = rng.integers(len(ACTIONS), size=(env.num, -(-num_steps // held)))
+    actions = np.repeat(actions, held, axis=1)[:, :num_steps]  # (E, T)
+    obs = np.empty((env.num, num_steps, 64, 64, 3), dtype=np.uint8)
+    first = np.empty(actions.shape, dtype=bool)
+    for k in range(num_steps):
+        _, seen, first[:, k] = env.observe()
+        obs[:, k] = seen["rgb"]
+        env.act(actions[:, k].astype(np.int32))
+    first[:, 0] = True  # the game before it is another one
+    first = np.append(first.ravel(), True)
+    t = np.flatnonzero(~first[1:-1] & ~first[2:]) + 1
+    return obs.reshape(-1, 64, 64, 3), actions.ravel(), t
 
 
-def classify(x, labels):
-    """Log-probabilities (n, 3) of classes for x (n, D), fitted on the first of them, which have labels.
+def learn_actions(lapo, env_id, levels, args):
+    """The latents of actions, from num_labels frames of random play on the dataset's levels."""
+    env = make_env(env_id, 64, *levels, args.seed + 1000)
+    rng = np.random.default_rng(args.seed)
+    obs, actions, t = play_at_random(env, rng, num_steps=64)
+    env.close()
+    t = rng.permutation(t)[: args.num_labels]
+    return ActionLatents(lapo, obs, t, actions[t])
 
-    0, that is no opinion, on a class that has no label.
+
+def told_moves(of_action, z):
+    """The move that each of z (n, latent_dim) tells of (n,).
+
+    Two classifiers are fitted on the labelled latents, left or right and up or down, so a pair of keys that
+    is hardly ever pressed learns from its halves.
     """
-    log_p = np.zeros((len(x), 3))
-    if len(np.unique(labels)) > 1:
+    move, _ = split_actions(of_action.actions)
+    scaler = StandardScaler().fit(of_action.z)
+    labelled = scaler.transform(of_action.z)
+    score = np.zeros((len(z), len(MOVES)))
+    for part in (np.arange(9) // 3, np.arange(9) % 3):  # of each move
         classifier = LogisticRegression(C=0.1, class_weight="balanced", max_iter=500)
-        classifier.fit(x[: len(labels)], labels)
-        log_p[:, classifier.classes_] = classifier.predict_log_proba(x)
-    return log_p
+        if len(np.unique(part[move])) > 1:
+            classifier.fit(labelled, part[move])
+            log_p = np.full((len(z), 3), -np.inf)
+            log_p[:, classifier.classes_] = classifier.predict_log_proba(scaler.transform(z))
+            score += log_p[:, part]
+    return score.argmax(1)
 
 
 def hold(z, frames):
@@ -230,8 +253,11 @@ def read_keys(held, num_groups):
     return "action", 3 * (x + 1) + (y + 1)
 
 
-def choose_keys(lapo, train, actions, args):
-    """The keys' latents: {("group", g) or ("action", a): Key}; the groups' [(percentage, action's name)]."""
+def choose_keys(lapo, train, of_action, args):
+    """The keys' latents: {("group", g) or ("action", a): Key}; the groups' [(percentage, action's name)].
+
+    of_action are ActionLatents, or None where no label may be read.
+    """
     t = np.random.default_rng(args.seed).permutation(train.windows)[: args.num_windows]
     print(f"looking at {len(t)} windows ...", flush=True)
     z, quantised, _ = encode(lapo, train, t, "cpu")
@@ -239,17 +265,15 @@ def choose_keys(lapo, train, actions, args):
     shares = np.bincount(group) / len(t)
     keys = {}
     groups = []
-    if actions is not None:
-        some = t[: args.num_labels]
-        of_action = ActionLatents(lapo, train, some, actions[some])
-        told = told_moves(z, actions[some])
+    if of_action is not None:
+        told = told_moves(of_action, z)
         for a, name in enumerate(ACTIONS):
             keys["action", a] = Key(partial(of_action, actions=np.array([a])), a, name)
     for g, i in enumerate(chosen):
         move = None
         name = ""
         does = f"group {g + 1}"
-        if actions is not None:
+        if of_action is not None:
             move = int(np.bincount(told[group == g]).argmax())
             name = ACTIONS[move]
             does += f", real game: {name}"
@@ -348,24 +372,22 @@ def make_game(args):
     if action_names(data) != ACTIONS:
         refuse(f"--env-id {args.env_id}: the keys are those of Procgen's games, and play no other world")
     lapo = load_lapo(pretrained, "cpu")
-    actions = None
+    levels = data["num_levels"], data["start_level"]
+    of_action = None
     if args.num_labels:
-        actions = load_labels(train, "actions")
-    keys, groups = choose_keys(lapo, train, actions, args)
+        of_action = learn_actions(lapo, args.env_id, levels, args)
+    keys, groups = choose_keys(lapo, train, of_action, args)
 
     # several threads wait for each other longer than they work
     torch.set_num_threads(1)
-    levels = data["num_levels"], data["start_level"]
     world = World(lapo.fdm, lambda level: make_env(args.env_id, 1, *levels, args.seed + level))
     world.step(keys["group", 0])  # the first one is slow
     world.restart(0)
 
-    num_labels = 0
-    if actions is not None:
-        num_labels = min(args.num_labels, args.num_windows, len(train.windows))
+    num_labels = len(of_action.actions) if of_action else 0
     config = {"game": args.env_id, "labels": num_labels, "fps": args.fps, "groups": groups}
     page = Path(__file__).with_suffix(".html").read_text().replace("{CONFIG}", json.dumps(config))
-    respond = make_responder(world, keys, len(groups), labelled=actions is not None)
+    respond = make_responder(world, keys, len(groups), labelled=of_action is not None)
     try:
         server = make_server(args.port, page, respond)
     except (OSError, OverflowError) as e:

@@ -7,12 +7,11 @@ Here the frozen IDM labels the frames of a stretch with latents, and the FDM alo
     o^_{t+1}   = clamp(FDM(o^_{t-1}, o^_t, z_t))                       from two real frames with noise on them
     loss       = mean MSE(o^_{t+1}, o_{t+1}) over --unroll-steps predictions in a row
 
-A dream goes on in the next update, without gradient to the last one, for up to --max-stretch updates. That
-number grows from 1 over the training: at first long dreams hold nothing to learn from.
+A dream goes on in the next update, without gradient to the last one, for up to --max-stretch updates, a number
+that grows from 1. --play-frames adds frames of random play: players go where no demonstrator goes.
 
-    python -m tools.steady_dream --env-id bossfight
-    python -m tools.play_dream --env-id bossfight \\
-        --pretrain-checkpoint runs/bossfight__steady_dream__1/checkpoint.pt
+    python -m tools.steady_dream --env-id bossfight --play-frames 32768
+    python -m tools.play_dream --env-id bossfight --pretrain-checkpoint PATH  # of its checkpoint.pt
 Reads data/ENV_ID and RUNS_DIR/ENV_ID__lapo_pretrain__SEED/checkpoint.pt, writes a checkpoint of the same
 kind, results.json and logs to RUNS_DIR/ENV_ID__steady_dream__SEED.
 """
@@ -30,7 +29,18 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from lapo_bc import BAR, get_windows, load_checkpoint, load_dataset, refuse, save
-from tools.loading import describe, find_device, load_lapo, open_folder, stage_folder, write_results
+from lapo_decode import make_env
+from tools.loading import (
+    ACTIONS,
+    action_names,
+    describe,
+    find_device,
+    load_lapo,
+    open_folder,
+    stage_folder,
+    write_results,
+)
+from tools.play_dream import play_at_random
 
 
 @dataclass
@@ -42,6 +52,7 @@ class Args:
     # data
     data_dir: str | None = None  # the dataset; default data/ENV_ID
     pretrain_checkpoint: str | None = None  # default: RUNS_DIR/ENV_ID__lapo_pretrain__SEED/checkpoint.pt
+    play_frames: int = 0  # frames of random play beside the training split's; Procgen's games only
     # method and optimisation
     unroll_steps: int = 6  # predictions in a row through which an update's gradient flows
     max_stretch: int = 8  # updates for which a dream goes on at most, at the end of the training
@@ -59,10 +70,24 @@ class Args:
 
 def find_stretches(frames, num_steps):
     """Whether num_steps windows in a row, of one episode, begin at t: (N + num_steps,) bool."""
-    is_window = np.zeros(len(frames.first) + 2 * num_steps, dtype=bool)
+    is_window = np.zeros(frames.starts[-1] + 2 * num_steps, dtype=bool)
     is_window[frames.windows] = True
     whole = np.lib.stride_tricks.sliding_window_view(is_window, num_steps)
     return whole.all(1)
+
+
+def add_random_play(train, data, args):
+    """Makes frames of 64 games under random keys the split's last shard. No action is kept."""
+    if action_names(data) != ACTIONS or args.play_frames < 1024:
+        refuse(f"--play-frames {args.play_frames}: at least 1024, of Procgen's games, or 0")
+    env = make_env(args.env_id, 64, data["num_levels"], data["start_level"], args.seed + 2000)
+    rng = np.random.default_rng(args.seed + 2000)
+    obs, _, t = play_at_random(env, rng, args.play_frames // 64)
+    env.close()
+    N = train.starts[-1]
+    train.shards.append(obs)
+    train.starts = np.append(train.starts, N + len(obs))
+    train.windows = np.append(train.windows, N + t)
 
 
 def add_noise(frames, most, rng):
@@ -90,13 +115,15 @@ def main(args):
         refuse("--unroll-steps, --max-stretch, --num-updates, --batch-size and --eval-steps start at 1")
     path = args.pretrain_checkpoint or stage_folder(args, "lapo_pretrain") / "checkpoint.pt"
     pretrained = load_checkpoint(path, "lapo_pretrain", args.env_id)
-    _, train, test = load_dataset(args)
+    data, train, test = load_dataset(args)
+    if args.play_frames:
+        add_random_play(train, data, args)
     B = args.batch_size
     K = args.unroll_steps
     begins = find_stretches(train, K)
     starts = np.flatnonzero(begins)
     if len(starts) == 0:
-        refuse(f"--unroll-steps {K}: no episode of the training split is so long")
+        refuse(f"--unroll-steps {K}: no episode is so long")
     folder = open_folder(args)
     folder.mkdir(parents=True, exist_ok=True)
     began = time.time()
@@ -144,8 +171,8 @@ def main(args):
     write_results(folder, began, {**describe(args, Path(__file__).stem), "scores": scores})
     print(f"wrote {folder}")
     for when, found in scores.items():
-        for name, errors in found.items():
-            print(f"{when}, {name}: mean squared error after {len(errors)} frames {errors[-1]:.4f}")
+        last = {name: round(errors[-1], 4) for name, errors in found.items()}
+        print(f"{when}, mean squared errors after {args.eval_steps} test frames: {last}")
 
 
 @torch.inference_mode()
