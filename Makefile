@@ -18,10 +18,10 @@ play: $(STAMP) $(PLAY)/data/meta.json  ## a learned world under the arrow keys, 
 	$(BIN)python -m tools.play_dream --env-id coinrun --pretrain-checkpoint pretrained/coinrun-dream.pt \
 		--data-dir $(PLAY)/data --port $(PORT) $(OPEN)
 
-$(PLAY)/data/meta.json: | $(STAMP)  # frames that choose the keys' latents
+$(PLAY)/data/meta.json: | $(STAMP)  # frames whose latents the number keys hold
 	$(BIN)python collect_expert_data.py --env-id coinrun --expert-checkpoint experts/coinrun.pt --overwrite \
 		--runs-dir $(PLAY) --data-dir $(PLAY)/data \
-		--num-train-frames 4096 --num-test-frames 512 --num-random-episodes 2
+		--num-train-frames 4096 --num-test-frames 512 --num-random-episodes 64
 
 first: $(STAMP)  ## latents of a small world that cluster by action, in a few minutes
 	PYTHON=$(BIN)python SEED=$(SEED) ./quickstart.sh FrozenLake-v1
