@@ -7,8 +7,8 @@ Here the frozen IDM labels the frames of a stretch with latents, and the FDM alo
     o^_{t+1}   = clamp(FDM(o^_{t-1}, o^_t, z_t))                       from two real frames with noise on them
     loss       = mean MSE(o^_{t+1}, o_{t+1}) over --unroll-steps predictions in a row
 
-A dream goes on in the next update, without gradient to the last one, for up to --max-stretch updates, a number
-that grows from 1. --play-frames adds frames of random play: players go where no demonstrator goes.
+A dream goes on in the next update, without gradient to the last one, for up to --max-stretch updates, a
+number that grows from 1. --play-frames adds frames of random play: players go where no demonstrator goes.
 
     python -m tools.steady_dream --env-id bossfight --play-frames 32768
     python -m tools.play_dream --env-id bossfight --pretrain-checkpoint PATH  # of its checkpoint.pt
@@ -70,7 +70,8 @@ class Args:
 
 def find_stretches(frames, num_steps):
     """Whether num_steps windows in a row, of one episode, begin at t: (N + num_steps,) bool."""
-    is_window = np.zeros(frames.starts[-1] + 2 * num_steps, dtype=bool)
+    N = frames.starts[-1]
+    is_window = np.zeros(N + 2 * num_steps, dtype=bool)
     is_window[frames.windows] = True
     whole = np.lib.stride_tricks.sliding_window_view(is_window, num_steps)
     return whole.all(1)
@@ -82,7 +83,8 @@ def add_random_play(train, data, args):
         refuse(f"--play-frames {args.play_frames}: at least 1024, of Procgen's games, or 0")
     env = make_env(args.env_id, 64, data["num_levels"], data["start_level"], args.seed + 2000)
     rng = np.random.default_rng(args.seed + 2000)
-    obs, _, t = play_at_random(env, rng, args.play_frames // 64)
+    num_steps = args.play_frames // 64
+    obs, _, t = play_at_random(env, rng, num_steps)
     env.close()
     N = train.starts[-1]
     train.shards.append(obs)
@@ -93,8 +95,9 @@ def add_random_play(train, data, args):
 def add_noise(frames, most, rng):
     """Two frames (B, 6, 64, 64) with normal noise, of a deviation up to `most` that each pair draws."""
     deviation = rng.uniform(0, most, size=(len(frames), 1, 1, 1))
-    noise = torch.from_numpy(deviation * rng.normal(size=frames.shape))
-    return (frames + noise.to(frames)).clamp(-0.5, 0.5)
+    noise = deviation * rng.normal(size=frames.shape)
+    noisy = frames + torch.from_numpy(noise).to(frames)
+    return noisy.clamp(-0.5, 0.5)
 
 
 def unroll(fdm, frames, z, targets):
@@ -111,7 +114,8 @@ def unroll(fdm, frames, z, targets):
 
 
 def main(args):
-    if min(args.unroll_steps, args.max_stretch, args.num_updates, args.batch_size, args.eval_steps) < 1:
+    counts = args.unroll_steps, args.max_stretch, args.num_updates, args.batch_size, args.eval_steps
+    if min(counts) < 1:
         refuse("--unroll-steps, --max-stretch, --num-updates, --batch-size and --eval-steps start at 1")
     path = args.pretrain_checkpoint or stage_folder(args, "lapo_pretrain") / "checkpoint.pt"
     pretrained = load_checkpoint(path, "lapo_pretrain", args.env_id)
@@ -150,7 +154,8 @@ def main(args):
         windows = windows.view(B, K, 9, 64, 64)
         frames[anew] = add_noise(windows[anew, 0, :6], args.noise, rng)
 
-        losses, frames = unroll(lapo.fdm, frames, z.view(B, K, -1), windows[:, :, 6:])
+        z = z.view(B, K, -1)
+        losses, frames = unroll(lapo.fdm, frames, z, windows[:, :, 6:])
         loss = losses.mean()
         optimizer.zero_grad()
         loss.backward()
@@ -171,8 +176,8 @@ def main(args):
     write_results(folder, began, {**describe(args, Path(__file__).stem), "scores": scores})
     print(f"wrote {folder}")
     for when, found in scores.items():
-        last = {name: round(errors[-1], 4) for name, errors in found.items()}
-        print(f"{when}, mean squared errors after {args.eval_steps} test frames: {last}")
+        for name, errors in found.items():
+            print(f"{when}, {name}: mean squared error {errors[-1]:.4f} after {args.eval_steps} test frames")
 
 
 @torch.inference_mode()
@@ -184,10 +189,12 @@ def score(lapo, test, num_steps, device):
         return {}
     windows = get_windows(test, (t[:, None] + np.arange(num_steps)).ravel(), device)
     _, z, _, _ = lapo.encode(windows)
+    z = z.view(len(t), num_steps, -1)
     windows = windows.view(len(t), num_steps, 9, 64, 64)
     targets = windows[:, :, 6:]
-    dreamed, _ = unroll(lapo.fdm, windows[:, 0, :6], z.view(len(t), num_steps, -1), targets)
-    held = (windows[:, :1, 3:6] - targets).square().mean((0, 2, 3, 4))
+    dreamed, _ = unroll(lapo.fdm, windows[:, 0, :6], z, targets)
+    first = windows[:, :1, 3:6]
+    held = (first - targets).square().mean((0, 2, 3, 4))
     return {"dream": dreamed.tolist(), "first frame": held.tolist()}
 
 
