@@ -403,7 +403,7 @@ def first_worth(pretraining, *key):
 
 
 class Tables:
-    """All numbers as Markdown tables; README.md and docs/results.md have the first four from here."""
+    """All numbers as Markdown tables; README.md has the first, docs/results.md the third and fourth."""
 
     def __init__(self, scores, offline):
         self.scores = scores
