@@ -66,10 +66,10 @@ stage collect_expert_data.py "${COMMON[@]}" --expert-checkpoint "experts/$ENV_ID
     --num-train-frames 65536 --num-test-frames 8192
 stage lapo_pretrain.py "${COMMON[@]}" \
     --num-updates 2000 --batch-size 32 --learning-rate 1e-3 --warmup-updates 500 \
-    --patch-size 2 --idm-scale 1 --fdm-width 16 --vq-dim 4 --predict-change --eval-every 250 --eval-windows 2048
+    --patch-size 2 --idm-scale 1 --fdm-width 16 --vq-dim 4 --predict-change --eval-every 500 --eval-windows 2048
 stage lapo_bc.py "${COMMON[@]}" \
-    --num-updates 2000 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 --policy-scale 1 --eval-every 250
+    --num-updates 1500 --batch-size 64 --learning-rate 1e-3 --warmup-updates 50 --policy-scale 1 --eval-every 250
 stage lapo_decode.py "${COMMON[@]}" \
-    --num-labels 32 128 512 2048 --num-draws 5 --eval-episodes 200 --temperature 0.5 \
-    --decoder-updates 200 --cloning-updates 500 --cloning-learning-rate 3e-3 --policy-batch-size 64
+    --num-labels 32 128 512 2048 --num-draws 3 --eval-episodes 120 --temperature 0.5 --decoder-updates 200 \
+    --cloning-updates 200 --cloning-epochs 12 --cloning-learning-rate 3e-3 --policy-batch-size 64
 run tools.quickstart_report -m tools.quickstart_report "${COMMON[@]}"
