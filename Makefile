@@ -26,7 +26,7 @@ $(PLAY)/data/meta.json: | $(STAMP)  # frames whose latents the number keys hold
 first: $(STAMP)  ## latents of a small world that cluster by action, in a few minutes
 	PYTHON=$(BIN)python SEED=$(SEED) ./quickstart.sh FrozenLake-v1
 
-quickstart: $(STAMP)  ## the whole of LAPO, small, on two CPU cores (12 to 20 minutes)
+quickstart: $(STAMP)  ## the whole of LAPO, small, on two CPU cores (about 9 minutes)
 	PYTHON=$(BIN)python SEED=$(SEED) ./quickstart.sh $(ENV_ID)
 
 pictures: $(STAMP)  ## the README's pictures, from a finished quickstart

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# LAPO from videos to a playing policy in 12 to 20 minutes on two CPU cores: stages 1 to 4, with every flag that
+# LAPO from videos to a playing policy in about 9 minutes on two CPU cores: stages 1 to 4, with every flag that
 # makes them small. The scripts' defaults are the paper's settings; docs/quickstart.md says why each flag is
 # here. Interrupted (Ctrl-C), the same command goes on.
 #     ./quickstart.sh [ENV_ID]            any game with a demonstrator in experts/
