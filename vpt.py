@@ -33,6 +33,7 @@ from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
 from lapo_decode import (
+    BAR,
     FORMAT_VERSION,
     IDM,
     WORLD_SIZE,
@@ -211,7 +212,9 @@ def main(args):
 
         policies = []
         draw_accuracies = []
-        for n in tqdm(args.num_labels, f"draw {draw + 1} of {args.num_draws}: fit", unit="n", leave=False):
+        for n in tqdm(
+            args.num_labels, f"draw {draw + 1} of {args.num_draws}: fit", unit="n", leave=False, **BAR
+        ):
             idm, policy = new_networks(data["num_actions"], pretrained, cloned, args, device)
             fit_inverse_model(idm, train, t[:n], labels[:n], unlabelled, args, autocast)
             probabilities = pseudo_label(idm, train, train.windows, device, autocast)  # (windows, A)

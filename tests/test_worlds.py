@@ -13,6 +13,8 @@ from conftest import (
 from gymnasium.envs.toy_text.frozen_lake import generate_random_map
 from PIL import Image
 
+from tools.loading import action_names
+
 GAMES_SEEN = json.loads((ROOT / "tests" / "games.json").read_text())
 
 
@@ -149,6 +151,8 @@ def test_worlds_of_other_packages(tmp_path, env_id):
     assert {path.name for path in (tmp_path / "runs").iterdir()} == runs
     frames = np.load(tmp_path / "data" / name / "train" / "frames.npy")
     assert frames.shape == (64, 64, 64, 3) and frames.std() > 10
+    data = json.loads((tmp_path / "data" / name / "meta.json").read_text())
+    assert action_names(data)[:2] == ["action 0", "action 1"]  # not Procgen's
 
 
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "nowhere:World-v0", "minigrid:World-v0"])

@@ -35,7 +35,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from collect_expert_data import make_env, play_at_random, score
-from lapo_bc import refuse
+from lapo_bc import BAR, refuse
 from tools.loading import write_whole
 from tools.reading_videos import FRAME, by_number, kind_of, open_film, split_of, steps_of
 
@@ -301,7 +301,7 @@ def look_at_films(films, state, args):
     estimates = {}
     notes = {}
     todo = [name for name in films if name not in state["films"] and name not in state["skipped"]]
-    for name in tqdm(todo, "look at the films", unit="film", delay=2, leave=False):
+    for name in tqdm(todo, "look at the films", unit="film", delay=2, leave=False, **BAR):
         try:
             N, frames = open_film(films[name], args, notes)
             next(frames)
@@ -322,7 +322,7 @@ def append_films(films, state, data_dir, args):
             (data_dir / split).mkdir(exist_ok=True)
     write_notes(state, data_dir)
     known = sum(film["num_frames"] for film in state["films"].values())
-    bar = tqdm(total=known + sum(estimates.values()), initial=known, unit="frame")
+    bar = tqdm(total=known + sum(estimates.values()), initial=known, unit="frame", **BAR)
     mode = "r+b" if state["films"] else "w+b"
     with bar, open(data_dir / "train" / "frames.npy", mode) as f:
         keep_rows(f, known)

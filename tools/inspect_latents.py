@@ -39,7 +39,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
 from tqdm import tqdm
 
-from lapo_bc import get_windows, load_checkpoint, load_dataset, refuse
+from lapo_bc import BAR, get_windows, load_checkpoint, load_dataset, refuse
 from lapo_decode import evaluate, load_labels, make_env
 from lapo_pretrain import FDM, linear_probe, other_windows, scheduled_rate
 from tools.loading import (
@@ -259,7 +259,7 @@ def fit_fdm(p, frames, t, z, num_updates, device):
     optimizer = torch.optim.Adam(fdm.parameters(), lr=p["learning_rate"])
     autocast = autocast_of(p["bf16"], device)
     schedule = SimpleNamespace(**p)
-    for step in tqdm(range(1, num_updates + 1), "FDM on true actions"):
+    for step in tqdm(range(1, num_updates + 1), "FDM on true actions", **BAR):
         i = torch.randint(len(t), (p["batch_size"],)).numpy()
         windows = get_windows(frames, t[i], device)
         given = torch.from_numpy(z[i]).to(device)

@@ -27,7 +27,9 @@ STAY = MOVES.index("stay")
 
 def action_names(data):
     """What to call the actions of a dataset, from its meta.json."""
-    if data.get("demonstrator") and data["env_id"] not in registry:  # Procgen
+    env_id = data["env_id"]
+    of_gymnasium = env_id in registry or ":" in env_id
+    if data.get("demonstrator") and data.get("num_actions") == len(ACTIONS) and not of_gymnasium:  # Procgen's
         return ACTIONS
     if data.get("action_names"):
         return data["action_names"]

@@ -24,7 +24,7 @@ import tyro
 from tqdm import tqdm
 
 import vpt
-from lapo_bc import LatentPolicy, load_checkpoint, load_dataset, refuse
+from lapo_bc import BAR, LatentPolicy, load_checkpoint, load_dataset, refuse
 from lapo_decode import apply_to_windows, fit_cloning, fit_lapo_decoder, load_actions
 from tools.loading import (
     autocast_of,
@@ -197,7 +197,8 @@ def main(args):
         labels = torch.from_numpy(actions[t]).long().to(device)  # (n,)
         z = apply_to_windows(idm, train, t, device, autocast)  # (n, latent_dim)
         found = []
-        for n, method in tqdm(plan, f"draw {draw + 1} of {args.num_draws}", unit="policy", leave=False):
+        progress = tqdm(plan, f"draw {draw + 1} of {args.num_draws}", unit="policy", leave=False, **BAR)
+        for n, method in progress:
             if method == "lapo_decoder":
                 decoder = fit_lapo_decoder(policy, z[:n], labels[:n], num_actions, args)
                 player = torch.nn.Sequential(policy, decoder)
