@@ -52,4 +52,4 @@ $(STAMP): requirements.txt
 	touch $@
 
 clean:
-	rm -rf .venv .installed runs/quickstart
+	rm -rf .venv .installed runs/quickstart $(PLAY)

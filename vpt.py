@@ -212,9 +212,8 @@ def main(args):
 
         policies = []
         draw_accuracies = []
-        for n in tqdm(
-            args.num_labels, f"draw {draw + 1} of {args.num_draws}: fit", unit="n", leave=False, **BAR
-        ):
+        description = f"draw {draw + 1} of {args.num_draws}: fit"
+        for n in tqdm(args.num_labels, description, unit="n", leave=False, **BAR):
             idm, policy = new_networks(data["num_actions"], pretrained, cloned, args, device)
             fit_inverse_model(idm, train, t[:n], labels[:n], unlabelled, args, autocast)
             probabilities = pseudo_label(idm, train, train.windows, device, autocast)  # (windows, A)

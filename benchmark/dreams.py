@@ -166,7 +166,8 @@ def main(args):
     if args.pictures:
         Image.fromarray(to_pixels(torch.cat(pictures, dim=1))).save(args.pictures)
     commit = subprocess.getoutput(f"git -C '{ROOT}' describe --always --dirty")
-    Path(args.out).write_text(json.dumps({"args": vars(args), "commit": commit, "rows": rows}, indent=1))
+    about = {name: value for name, value in vars(args).items() if name not in ("out", "pictures")}
+    Path(args.out).write_text(json.dumps({"args": about, "commit": commit, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

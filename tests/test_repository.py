@@ -145,9 +145,8 @@ def test_links():
 
 def test_tables_are_plots():
     """README's and docs/results.md's tables of the six games are those that benchmark/plot.py made."""
-    means, _, online, pseudo_labels = (
-        (ROOT / "benchmark" / "results" / "tables.md").read_text().split("\n\n")[2:9:2]
-    )
+    text = (ROOT / "benchmark" / "results" / "tables.md").read_text()
+    means, _, online, pseudo_labels = text.split("\n\n")[2:9:2]
     assert means.startswith("|") and means in (ROOT / "README.md").read_text()
     page = (ROOT / "docs" / "results.md").read_text()
     for table in (online, pseudo_labels):

@@ -15,6 +15,7 @@ Reads data/ENV_ID and RUNS_DIR/ENV_ID__lapo_pretrain__SEED/checkpoint.pt, writes
 
 import base64
 import json
+import math
 import os
 import signal
 import sys
@@ -123,12 +124,13 @@ def split_actions(actions):
     return move, button
 
 
-def play_at_random(env, rng, num_steps, held=8):
+def play_held_keys(env, rng, num_steps, held=8):
     """Frames (N, 64, 64, 3) of E games, one after the other, actions (N,), and the windows t among them.
 
-    Each action is held for some frames. A demonstrator that never stands still cannot tell what standing is.
+    Random actions, each held for some frames: a demonstrator that never stands still cannot tell what
+    standing is.
     """
-    actions = rng.integers(len(ACTIONS), size=(env.num, -(-num_steps // held)))
+    actions = rng.integers(len(ACTIONS), size=(env.num, math.ceil(num_steps / held)))
     actions = np.repeat(actions, held, axis=1)[:, :num_steps]  # (E, T)
     obs = np.empty((env.num, num_steps, 64, 64, 3), dtype=np.uint8)
     first = np.empty(actions.shape, dtype=bool)
@@ -138,7 +140,7 @@ def play_at_random(env, rng, num_steps, held=8):
         env.act(actions[:, k].astype(np.int32))
     first[:, 0] = True  # the game before it is another one
     first = np.append(first.ravel(), True)
-    t = np.flatnonzero(~first[1:-1] & ~first[2:]) + 1
+    t = np.flatnonzero(~first[1:-1] & ~first[2:]) + 1  # o_{t-1}, o_t, o_{t+1} are of one episode
     return obs.reshape(-1, 64, 64, 3), actions.ravel(), t
 
 
@@ -146,7 +148,7 @@ def learn_actions(lapo, env_id, levels, args):
     """The latents of actions, from num_labels frames of random play on the dataset's levels."""
     env = make_env(env_id, 64, *levels, args.seed + 1000)
     rng = np.random.default_rng(args.seed)
-    obs, actions, t = play_at_random(env, rng, num_steps=64)
+    obs, actions, t = play_held_keys(env, rng, num_steps=64)
     env.close()
     t = rng.permutation(t)[: args.num_labels]
     return ActionLatents(lapo, obs, t, actions[t])
@@ -161,13 +163,14 @@ def told_moves(of_action, z):
     move, _ = split_actions(of_action.actions)
     scaler = StandardScaler().fit(of_action.z)
     labelled = scaler.transform(of_action.z)
+    scaled = scaler.transform(z)
     score = np.zeros((len(z), len(MOVES)))
     for part in (np.arange(9) // 3, np.arange(9) % 3):  # of each move
         classifier = LogisticRegression(C=0.1, class_weight="balanced", max_iter=500)
         if len(np.unique(part[move])) > 1:
             classifier.fit(labelled, part[move])
             log_p = np.full((len(z), 3), -np.inf)
-            log_p[:, classifier.classes_] = classifier.predict_log_proba(scaler.transform(z))
+            log_p[:, classifier.classes_] = classifier.predict_log_proba(scaled)
             score += log_p[:, part]
     return score.argmax(1)
 

@@ -40,7 +40,7 @@ from tools.loading import (
     stage_folder,
     write_results,
 )
-from tools.play_dream import play_at_random
+from tools.play_dream import play_held_keys
 
 
 @dataclass
@@ -84,7 +84,7 @@ def add_random_play(train, data, args):
     env = make_env(args.env_id, 64, data["num_levels"], data["start_level"], args.seed + 2000)
     rng = np.random.default_rng(args.seed + 2000)
     num_steps = args.play_frames // 64
-    obs, _, t = play_at_random(env, rng, num_steps)
+    obs, _, t = play_held_keys(env, rng, num_steps)
     env.close()
     N = train.starts[-1]
     train.shards.append(obs)
